@@ -1,0 +1,571 @@
+"""Adaptive Sampling: which task is worth the next rollouts.
+
+In the paper (arXiv 2602.07906): "Adaptive Sampling guided by a Learnability Potential function",
+the half of AceGRPO that keeps training at "the agent's learning frontier". GRPO learns from the
+differences inside a group: a task that the policy always fails, or always solves, teaches nothing
+and costs as much as any other. So every task x gets a potential and is drawn with probability
+
+    LP(x) = sigma_x * (1 - mu_x)                        spread of its rewards times headroom left
+    P(x) ~ [ (1 - eps) * L(x) + eps * U(x) ] * cool(x)  normalised over all tasks
+
+    L(x) = share(operator of x) * LP(x)^(1/tau) / (sum of LP^(1/tau) over the operator's tasks)
+    U(x) = uniform over competitions, then over its operators, then over the tasks of the two
+    cool(x) = 0 in flight, else (1 + a) / (1 + cooldown), at most 1, a = draws since the last visit
+
+What is the paper's and what is ours:
+ 1. [paper] A Learnability Potential guides the sampling. Its formula is not in the abstract; ours
+            has the two ingredients that summaries of the paper name, variance and headroom.
+ 2. [ours]  mu and sigma are recency-weighted: an earlier group weighs `decay` of the next one.
+            sigma^2 averages the variances *inside* groups, since that is what GRPO learns from:
+            all zeros yesterday and all ones today is no spread.
+ 3. [ours]  A task that was never visited has an optimistic prior from its parent's traces and from
+            what its operator has brought so far (`prior`). It weighs as much as `prior_strength`
+            rewards, so that one group without spread lowers a potential but does not end it.
+ 4. [ours]  share(operator) = the mean LP^(1/tau) that a draw inside the operator meets. With a
+            plain sum over all tasks instead, a dozen draft roots drown among hundreds of children
+            (`balance_operators=False`). The same reason gives U its middle level.
+ 5. [ours]  Cooling is the ageing: a task just visited waits while others are drawn.
+ 6. [ours]  Alternatives to LP: `variance` mu(1-mu), `regret` 1[any success]-mu, and `uniform`, the
+            ablation: every task of the buffer alike, without floor and cooling.
+
+How it stays fast with a million tasks: LP^(1/tau) changes only where a reward arrives, so its sums
+are kept by blocks of 1024 tasks and one draw is two short searches. cool(x) changes for many tasks
+with every draw, so it is in no sum: a draw is proposed without it and accepted with probability
+cool(x), which gives P exactly. Where nearly everything is cooling (a small buffer) proposals are
+refused again and again; the probabilities are then computed in full, which is cheap there.
+
+    python sampler.py       # a worked example
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+KINDS = ("lp", "variance", "regret", "uniform")
+OPERATORS = ("draft", "improve", "debug")
+
+
+def learnability_potential(mean, std, kind: str = "lp") -> np.ndarray:
+    """How much a policy can learn from a task now. Pure; elementwise; never negative.
+
+    Args:
+        mean, std: of the task's rewards in [0, 1]; scalars or arrays of one shape.
+        kind: `lp` std * (1 - mean); `variance` mean * (1 - mean), the variance of a 0/1 reward;
+            `regret` 1 - mean where any reward was above zero, else 0; `uniform` 1.
+
+    Raises ValueError for another kind.
+
+    >>> learnability_potential([0.0, 0.25, 0.5, 1.0], [0.0, 0.43, 0.5, 0.0]).round(4).tolist()
+    [0.0, 0.3225, 0.25, 0.0]
+    >>> learnability_potential([0.0, 0.25, 1.0], 0.0, "variance").tolist()
+    [0.0, 0.1875, 0.0]
+    >>> learnability_potential([0.0, 0.25, 1.0], 0.0, "regret").tolist()
+    [0.0, 0.75, 0.0]
+    """
+    mean, std = np.broadcast_arrays(np.asarray(mean, float), np.asarray(std, float))
+    headroom = np.clip(1.0 - mean, 0.0, 1.0)
+    if kind == "lp":
+        return std * headroom
+    if kind == "variance":
+        return mean * headroom
+    if kind == "regret":
+        return headroom * (mean > 0)
+    if kind == "uniform":
+        return np.ones_like(mean)
+    raise ValueError(f"unknown potential {kind!r}; choose one of {', '.join(KINDS)}")
+
+
+# The most learnable 0/1 reward: LP = sqrt(p(1-p))(1-p) is largest at p = 1/4. What nothing is
+# known of is assumed to be that.
+OPTIMISTIC_MEAN = 0.25
+OPTIMISTIC_VAR = 3 / 16
+
+BLOCK = 1024  # tasks a block: with a million tasks as many blocks as tasks in a block
+PROPOSALS = 16  # refused proposals before the probabilities are computed in full
+IN_FLIGHT = np.iinfo(np.int64).max // 2  # a last visit that lies in the future: cool is 0
+NEVER = -IN_FLIGHT
+
+ROW = np.dtype([
+    ("mean", "f4"), ("var", "f4"),  # recency-weighted, of the rewards
+    ("evidence", "f4"),  # the number of rewards that they stand for
+    ("weight", "f4"),  # LP^(1/tau)
+    ("last", "i8"),  # value of the draw counter at the last visit
+    ("visits", "i4"), ("competition", "i4"), ("operator", "i1"),
+    ("place", "i4"),  # position in the list of its competition's and operator's tasks
+])
+
+
+class AdaptiveSampler:
+    """Owns every task's reward statistics and draws the next tasks. Takes ids and numbers only.
+
+    Args:
+        kind: the potential, see `learnability_potential`.
+        tau: temperature > 0; below 1 the highest potentials are preferred more strongly.
+        epsilon: share of the draws that go by U, in [0, 1].
+        decay: weight of a group's rewards once the task's next group has arrived, in [0, 1).
+        cooldown: draws until a visited task is fully back.
+        prior_strength: number of rewards that the prior of an unseen task weighs.
+        balance_operators: False sums LP over all tasks alike (header, point 4).
+        seed: of the draws.
+
+    `in_flight` holds the ids drawn and neither updated nor released, in the order of drawing.
+    """
+
+    def __init__(self, kind: str = "lp", tau: float = 1.0, epsilon: float = 0.1,
+                 decay: float = 0.5, cooldown: int = 16, prior_strength: float = 4.0,
+                 balance_operators: bool = True, seed: int = 0,
+                 operators: Sequence[str] = OPERATORS):
+        learnability_potential(0.0, 0.0, kind)  # refuses an unknown kind
+        if tau <= 0 or not 0 <= epsilon <= 1 or not 0 <= decay < 1 or cooldown < 0:
+            raise ValueError(f"out of range: tau {tau} > 0, epsilon {epsilon} in [0, 1], "
+                             f"decay {decay} in [0, 1), cooldown {cooldown} >= 0")
+        if kind == "uniform":  # the ablation: nothing adapts, every task of the buffer alike
+            epsilon, cooldown, balance_operators = 0.0, 0, False
+        self.kind, self.tau, self.epsilon, self.decay = kind, tau, epsilon, decay
+        self.cooldown, self.prior_strength = cooldown, prior_strength
+        self.balance_operators = balance_operators
+        self.rng = np.random.default_rng(seed)
+        self.operators = tuple(operators)
+        self.level = {op: [OPTIMISTIC_MEAN, OPTIMISTIC_VAR] for op in self.operators}
+        self.draws = 0  # tasks drawn so far: the clock of the ageing
+        self.late = 0  # groups that came back after their task had been removed
+        self.in_flight: dict[str, int] = {}  # id -> its last visit before
+        self._removed_in_flight: set[str] = set()
+        self.competitions: list[str] = []
+        self._clear(capacity=BLOCK)
+
+    def _clear(self, capacity: int) -> None:
+        self.table = np.zeros(capacity, ROW)  # rows [0, len(ids)) are in use
+        self.ids: list[str] = []  # row -> id
+        self.rows = _Rows(self.ids)  # id -> row
+        # members[competition][operator] lists rows; counts are their lengths
+        self.members = [[array("i") for _ in self.operators] for _ in self.competitions]
+        self.counts = np.zeros((len(self.competitions), len(self.operators)), np.int64)
+        # sums of weight and of weight^2 over each block's tasks of an operator
+        self.sums = np.zeros((2, len(self.operators), capacity // BLOCK))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __contains__(self, task_id: str) -> bool:
+        return self.rows.find(task_id) >= 0
+
+    # ---- the tasks
+
+    def add(self, task_id: str, competition_id: str, operator: str,
+            prior_rewards: Iterable[float] | None = None,
+            parent_reward: float | None = None) -> None:
+        """Make a task drawable.
+
+        Args:
+            prior_rewards: of the group that the task's parent trace is from; None for a root.
+            parent_reward: base reward of the parent trace; None: the best of `prior_rewards`.
+
+        Raises ValueError for an id that is there already, or an unknown operator.
+        """
+        if task_id in self:
+            raise ValueError(f"task {task_id!r} is in the sampler already")
+        if operator not in self.operators:
+            raise ValueError(f"unknown operator {operator!r}; know {', '.join(self.operators)}")
+        mean, var = self.prior(operator, prior_rewards, parent_reward)
+        if competition_id not in self.competitions:
+            self.competitions.append(competition_id)
+            self.members.append([array("i") for _ in self.operators])
+            self.counts = np.pad(self.counts, ((0, 1), (0, 0)))
+        if len(self) == len(self.table):
+            more = len(self.table) // 2 // BLOCK * BLOCK or BLOCK  # half as much again
+            self.table = np.concatenate([self.table, np.zeros(more, ROW)])
+            self.sums = np.pad(self.sums, ((0, 0), (0, 0), (0, more // BLOCK)))
+        row = len(self)
+        self.ids.append(task_id)
+        self.rows.insert(task_id, row)
+        competition = self.competitions.index(competition_id)
+        self._place(row, competition, self.operators.index(operator))
+        self._write(row, mean, var, self.prior_strength, visits=0, last=NEVER)
+
+    def prior(self, operator: str, rewards: Iterable[float] | None = None,
+              parent_reward: float | None = None) -> tuple[float, float]:
+        """Mean and variance assumed of a task before its first visit.
+
+        The operator's level is a running mean over all its groups, optimistic at the start. The
+        spread is the level's or that of the parent's group, whichever is larger. The mean is
+
+            draft    the operator's level
+            improve  the parent's reward: a policy that changes nothing repeats it
+            debug    half the operator's level, half the mean of the parent's group: whoever writes
+                     half of the drafts right can probably mend the other half
+
+        >>> sampler = AdaptiveSampler()
+        >>> sampler.prior("draft")
+        (0.25, 0.1875)
+        >>> sampler.prior("improve", [0.0, 0.75], 0.75)
+        (0.75, 0.1875)
+        >>> sampler.prior("debug", [0.0, 0.75], 0.0)
+        (0.3125, 0.1875)
+        """
+        mean, var = self.level[operator]
+        rewards = np.array([] if rewards is None else list(rewards), float)
+        if rewards.size:
+            var = max(var, float(rewards.var()))
+            if operator == "debug":
+                mean = (mean + float(rewards.mean())) / 2
+            elif operator != "draft":
+                mean = float(rewards.max() if parent_reward is None else parent_reward)
+        return mean, var
+
+    def remove(self, task_id: str) -> None:
+        """Forget a task (it was evicted). Its group, if in flight, is then ignored on arrival.
+
+        Raises KeyError for an id that is not there.
+        """
+        row = self._row(task_id)
+        if self.in_flight.pop(task_id, None) is not None:
+            self._removed_in_flight.add(task_id)
+        self.rows.delete(task_id)
+        self._unplace(row)
+        last = len(self) - 1
+        blocks = {(row // BLOCK, int(self.table["operator"][row]))}
+        if row != last:  # the last row fills the gap
+            moved = self.table[last]
+            self.table[row] = moved
+            self.members[moved["competition"]][moved["operator"]][moved["place"]] = row
+            self.ids[row] = self.ids[last]
+            self.rows.move(self.ids[row], last, row)
+            blocks |= {(row // BLOCK, int(moved["operator"])),
+                       (last // BLOCK, int(moved["operator"]))}
+        self.table[last] = 0
+        self.ids.pop()
+        for block, operator in blocks:
+            self._sum_block(block, operator)
+
+    # ---- what a group teaches
+
+    def update(self, task_id: str, rewards: Iterable[float]) -> None:
+        """Take in the rewards of a finished group; the task is no longer in flight.
+
+        The group of a task removed while in flight is ignored and counted in `late`.
+        Raises KeyError for any other unknown id, ValueError for no or non-finite rewards.
+        """
+        rewards = np.asarray(rewards, float)
+        if rewards.size == 0 or not np.isfinite(rewards).all():
+            raise ValueError(f"rewards of {task_id} have to be finite numbers: {rewards}")
+        if task_id in self._removed_in_flight and task_id not in self:
+            self._removed_in_flight.discard(task_id)
+            self.late += 1
+            return
+        row = self._row(task_id)
+        self.in_flight.pop(task_id, None)
+        mean, var = float(rewards.mean()), float(rewards.var())
+
+        level = self.level[self.operators[self.table["operator"][row]]]
+        level[0] += OPERATOR_RATE * (mean - level[0])
+        level[1] += OPERATOR_RATE * (var - level[1])
+
+        old = self.table[row]
+        kept = (self.decay if old["visits"] else 1.0) * float(old["evidence"])
+        share = rewards.size / (kept + rewards.size)  # of the new group
+        self._write(row, float(old["mean"]) + share * (mean - float(old["mean"])),
+                    float(old["var"]) + share * (var - float(old["var"])),
+                    kept + rewards.size, visits=int(old["visits"]) + 1, last=self.draws)
+
+    def release(self, task_id: str) -> None:
+        """Put a task back without a result: it is drawable as if it had not been drawn.
+
+        A task that is not in flight is left alone.
+        """
+        self._removed_in_flight.discard(task_id)
+        if task_id in self.in_flight:
+            self.table["last"][self._row(task_id)] = self.in_flight.pop(task_id)
+
+    def score(self, task_id: str) -> float:
+        """The task's potential. Raises KeyError for an unknown id."""
+        return float(self.table["weight"][self._row(task_id)]) ** self.tau
+
+    def statistics(self, task_id: str) -> dict[str, float]:
+        """mean, std, visits of a task. Raises KeyError for an unknown id."""
+        row = self.table[self._row(task_id)]
+        return {"mean": float(row["mean"]), "std": float(row["var"]) ** 0.5,
+                "visits": int(row["visits"])}
+
+    def metrics(self) -> dict[str, float]:
+        """Mean and maximum of the potential over all tasks."""
+        potential = self.table["weight"][:len(self)].astype(float) ** self.tau
+        return {"lp_mean": float(potential.mean()) if len(self) else 0.0,
+                "lp_max": float(potential.max()) if len(self) else 0.0}
+
+    # ---- drawing
+
+    def draw(self, n: int = 1) -> list[str]:
+        """The next n tasks, without replacement; they are in flight from now on.
+
+        Fewer than n, down to none, when all others are in flight already.
+        """
+        drawn = []
+        while len(drawn) < n and len(self.in_flight) < len(self):
+            row = self._draw_row()
+            task_id = self.ids[row]
+            self.in_flight[task_id] = int(self.table["last"][row])
+            self.table["last"][row] = IN_FLIGHT
+            self.draws += 1
+            drawn.append(task_id)
+        return drawn
+
+    def probabilities(self) -> dict[str, float]:
+        """P(x) of every task for the next draw, in full: O(tasks). Empty if all are in flight."""
+        if len(self.in_flight) == len(self):
+            return {}
+        return dict(zip(self.ids, self._probabilities().tolist(), strict=True))
+
+    def _draw_row(self) -> int:
+        for _ in range(PROPOSALS):
+            row = self._propose()
+            age = self.draws - int(self.table["last"][row])
+            if self.rng.random() * (1 + self.cooldown) < 1 + age:
+                return row
+        cumulative = self._probabilities().cumsum()
+        return _search(cumulative, self.rng.random() * cumulative[-1])
+
+    def _propose(self) -> int:
+        """A row with the probability [(1 - eps) L + eps U], whatever its cooling."""
+        share = self._operator_shares().cumsum()
+        if share[-1] == 0 or self.rng.random() < self.epsilon:
+            return self._propose_uniform()
+        operator = _search(share, self.rng.random() * share[-1])
+        sums = self.sums[0, operator].cumsum()
+        block = _search(sums, self.rng.random() * sums[-1])
+        weights = self._weights(block, operator).cumsum()
+        return block * BLOCK + _search(weights, self.rng.random() * weights[-1])
+
+    def _propose_uniform(self) -> int:
+        competitions = np.flatnonzero(self.counts.any(1))
+        competition = competitions[self.rng.integers(len(competitions))]
+        operators = np.flatnonzero(self.counts[competition])
+        members = self.members[competition][operators[self.rng.integers(len(operators))]]
+        return members[self.rng.integers(len(members))]
+
+    def _operator_shares(self) -> np.ndarray:
+        """(operators,), not normalised."""
+        total, squares = self.sums.sum(2)
+        if not self.balance_operators:
+            return total
+        return np.divide(squares, total, out=np.zeros_like(total), where=total > 0)
+
+    def _probabilities(self) -> np.ndarray:
+        """(tasks,) P, computed in full. At least one task must not be in flight."""
+        table = self.table[:len(self)]
+        operator = table["operator"]
+        share, total = self._operator_shares(), self.sums[0].sum(1)
+        per_weight = np.divide(share, total * share.sum(), out=np.zeros_like(total),
+                               where=total > 0)
+        epsilon = self.epsilon if share.sum() > 0 else 1.0
+        counts = self.counts.astype(float)
+        levels = counts.any(1).sum() * (counts > 0).sum(1, keepdims=True)  # (competitions, 1)
+        uniform = np.divide(1.0, counts * levels, out=np.zeros_like(counts), where=counts > 0)
+        p = (1 - epsilon) * per_weight[operator] * table["weight"]
+        p += epsilon * uniform[table["competition"], operator]
+        cool = np.clip((1.0 + self.draws - table["last"]) / (1 + self.cooldown), 0.0, 1.0)
+        p *= cool
+        if p.sum() == 0:  # epsilon = 0, and all that has potential is in flight
+            p = cool
+        return p / p.sum()
+
+    # ---- rows and sums
+
+    def _row(self, task_id: str) -> int:
+        row = self.rows.find(task_id)
+        if row < 0:
+            raise KeyError(f"no task {task_id!r} in the sampler")
+        return row
+
+    def _place(self, row: int, competition: int, operator: int) -> None:
+        members = self.members[competition][operator]
+        entry = self.table[row]
+        entry["competition"], entry["operator"] = competition, operator
+        entry["place"] = len(members)
+        members.append(row)
+        self.counts[competition, operator] += 1
+
+    def _unplace(self, row: int) -> None:
+        entry = self.table[row]
+        members = self.members[entry["competition"]][entry["operator"]]
+        members[entry["place"]] = members[-1]  # the last member fills the gap
+        self.table["place"][members[-1]] = entry["place"]
+        members.pop()
+        self.counts[entry["competition"], entry["operator"]] -= 1
+
+    def _write(self, row: int, mean: float, var: float, evidence: float, visits: int,
+               last: int) -> None:
+        entry = self.table[row]
+        entry["mean"], entry["var"], entry["evidence"] = mean, var, evidence
+        entry["visits"], entry["last"] = visits, last
+        entry["weight"] = self._weight(entry["mean"], entry["var"])
+        self._sum_block(row // BLOCK, int(entry["operator"]))
+
+    def _weight(self, mean, var):
+        return learnability_potential(mean, np.sqrt(var), self.kind) ** (1 / self.tau)
+
+    def _weights(self, block: int, operator: int) -> np.ndarray:
+        """(BLOCK,) weights, zero for the tasks of other operators and for unused rows."""
+        rows = self.table[block * BLOCK:(block + 1) * BLOCK]
+        return rows["weight"] * (rows["operator"] == operator).astype(float)
+
+    def _sum_block(self, block: int, operator: int) -> None:
+        # Summed anew rather than adjusted by the difference: no rounding error accumulates, and
+        # the sums are a function of the table alone, so a restored sampler draws the same tasks.
+        weights = self._weights(block, operator)
+        self.sums[0, operator, block] = weights.sum()
+        self.sums[1, operator, block] = weights @ weights
+
+    # ---- snapshot
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that changes, as JSON types, the random generator included.
+
+        Tasks in flight are recorded as such: whoever restores reissues `in_flight`, or releases.
+        """
+        table = self.table[:len(self)]
+        return {
+            "rng": self.rng.bit_generator.state,
+            "draws": self.draws, "late": self.late,
+            "level": {op: list(level) for op, level in self.level.items()},
+            "in_flight": dict(self.in_flight),
+            "removed_in_flight": sorted(self._removed_in_flight),
+            "competitions": list(self.competitions), "operators": list(self.operators),
+            "ids": list(self.ids),
+            "table": {name: table[name].tolist() for name in ROW.names if name != "weight"},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back to a snapshot. The options stay this sampler's own: potentials are recomputed.
+
+        Raises ValueError when the snapshot has other operators.
+        """
+        if tuple(state["operators"]) != self.operators:
+            raise ValueError(f"the snapshot has operators {state['operators']}, "
+                             f"this sampler {list(self.operators)}")
+        self.rng.bit_generator.state = state["rng"]
+        self.draws, self.late = state["draws"], state["late"]
+        self.level = {op: list(level) for op, level in state["level"].items()}
+        self.in_flight = dict(state["in_flight"])
+        self._removed_in_flight = set(state["removed_in_flight"])
+        self.competitions = list(state["competitions"])
+        count = len(state["ids"])
+        self._clear(capacity=(count // BLOCK + 1) * BLOCK)
+        self.ids.extend(state["ids"])
+        table = self.table[:count]
+        for name, column in state["table"].items():
+            table[name] = column
+        table["weight"] = self._weight(table["mean"], table["var"])
+        for row in np.argsort(table["place"], kind="stable").tolist():
+            competition, operator = table["competition"][row], table["operator"][row]
+            self.members[competition][operator].append(row)
+            self.counts[competition, operator] += 1
+        for row, task_id in enumerate(self.ids):
+            self.rows.insert(task_id, row)
+        for block in range(len(self.table) // BLOCK):
+            for operator in range(len(self.operators)):
+                self._sum_block(block, operator)
+
+
+OPERATOR_RATE = 0.1  # weight of a group in its operator's running level: about the last ten count
+
+
+def _search(cumulative: np.ndarray, value: float) -> int:
+    """The first index whose cumulative sum exceeds value; never one of weight zero."""
+    index = int(np.searchsorted(cumulative, value, side="right"))
+    if index < len(cumulative):
+        return index
+    return int(np.searchsorted(cumulative, cumulative[-1]))  # value was rounded up to the total
+
+
+class _Rows:
+    """id -> row in 8 to 16 bytes an entry: a hash table (open addressing) that stores rows only.
+
+    The ids themselves stand in the sampler's list; a dict would hold them, and an int object for
+    each row, once more (74 bytes an entry).
+    """
+
+    FREE, DELETED = -1, -2
+
+    def __init__(self, ids: list[str]):
+        self.ids = ids
+        self._build(64)
+
+    def _build(self, size: int) -> None:
+        self.slots = array("i", [self.FREE]) * size  # a power of two
+        self.used = 0  # slots not FREE
+
+    def _slot(self, task_id: str, row: int | None = None) -> int:
+        """The slot that holds the id (or, if given, exactly this row), else the FREE one after."""
+        mask = len(self.slots) - 1
+        slot = hash(task_id) & mask
+        while (found := self.slots[slot]) != self.FREE:
+            if found != self.DELETED and (found == row if row is not None
+                                          else self.ids[found] == task_id):
+                break
+            slot = (slot + 1) & mask
+        return slot
+
+    def find(self, task_id: str) -> int:
+        """The row, or a negative number."""
+        return self.slots[self._slot(task_id)]
+
+    def insert(self, task_id: str, row: int) -> None:
+        """`ids[row]` must be the id already, and the id not be in the table."""
+        if 2 * (self.used + 1) > len(self.slots):  # grow, and sweep out what was deleted
+            self._build(1 << (4 * (row + 1)).bit_length() - 1)
+            for other in range(row):
+                self.insert(self.ids[other], other)
+        self.slots[self._slot(task_id, row)] = row
+        self.used += 1
+
+    def delete(self, task_id: str) -> None:
+        self.slots[self._slot(task_id)] = self.DELETED
+
+    def move(self, task_id: str, old: int, new: int) -> None:
+        self.slots[self._slot(task_id, old)] = new
+
+
+# ----------------------------------------------------------------------------------- worked example
+
+
+def main() -> None:
+    sampler = AdaptiveSampler(cooldown=4, seed=0)
+    for competition in ("easy", "frontier", "hard"):
+        sampler.add(f"{competition}/draft", competition, "draft")
+    print("Three draft roots, never visited: all as learnable as a 0/1 reward can be,")
+    print("  LP = sqrt(3)/4 * 3/4 = 0.325, and equally likely:")
+    show(sampler)
+
+    print("\nOne group of four rewards for each:")
+    groups = {"easy/draft": [1, 1, 1, 1], "frontier/draft": [0, 1, 0, 1],
+              "hard/draft": [0, 0, 0, 0]}
+    order = sampler.draw(3)
+    for task_id in order:
+        sampler.update(task_id, groups[task_id])
+    print("  the prior weighs as much as a group of four: frontier has mean (0.25 + 0.5)/2 = 0.375")
+    print("  and variance (3/16 + 1/4)/2 = 0.219, so LP = 0.468 * 0.625 = 0.292")
+    show(sampler)
+
+    print("\nA failed draft of `frontier` opens a debug task. Its prior: mean (0.25 + 0.5)/2,")
+    print("  variance 1/4. It is fully awake (cool 1), the others have just been visited (1/5):")
+    sampler.add("frontier/debug/a", "frontier", "debug", prior_rewards=[0, 1, 0, 1],
+                parent_reward=0.0)
+    show(sampler)
+    print("\nTwo draws without replacement:", sampler.draw(2), "(now in flight: probability 0)")
+    show(sampler)
+
+
+def show(sampler: AdaptiveSampler) -> None:
+    for task_id, p in sampler.probabilities().items():
+        s = sampler.statistics(task_id)
+        print(f"  {task_id:18} mean {s['mean']:.3f}  std {s['std']:.3f}  visits {s['visits']}"
+              f"  LP {sampler.score(task_id):.3f}  P {p:.3f}")
+
+
+if __name__ == "__main__":
+    main()
