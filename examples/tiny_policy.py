@@ -1,0 +1,491 @@
+"""Teach a tiny language model, from scratch, to write scikit-learn scripts that sometimes work.
+
+    python examples/tiny_policy.py --out data/policy        # about 4 minutes on 2 CPU cores
+
+What it is: a Qwen3 of about 2 million parameters with its own tokenizer and chat template, a
+drop-in for any Hugging Face causal model, so that the whole of AceGRPO (vLLM, sandbox, FSDP,
+weight updates) runs on a laptop. It has learnt one thing: the shape of a short scikit-learn
+script, for prompts exactly as rollout.py builds them, for all three operators.
+
+What it is not: a language model. It cannot read a description beyond the metric, the task kind
+and a few words; it knows some twenty estimators and a dozen ways to go wrong. It was taught
+mistakes on purpose: about a third of its first drafts are valid and few of them good. That is the
+room that reinforcement learning has. It says nothing about what AceGRPO does for a real model.
+
+How it is taught (everything here is [ours]):
+
+1. `make_worlds`    random competitions with nonsense names; nothing shared with the mini benchmark
+2. `Script`         a grammar: model, hyper-parameters, preprocessing, mistakes -> source
+3. `make_examples`  draft, improve and debug answers. Scripts that serve as parents are executed in
+                    the real sandbox, so that debug prompts hold real tracebacks
+4. `make_tokenizer`, `teach`: byte-level BPE over whole lines, next-token prediction on answers
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import mini_mlebench as bench  # noqa: E402
+from buffer import Task, Trace  # noqa: E402
+from rollout import PromptBudget, describe_run, encode_chat, task_messages  # noqa: E402
+from sandbox import Competition, Sandbox, code_key  # noqa: E402
+
+# The budget of train.py's tiny preset: the policy is taught what it will be asked.
+BUDGET = PromptBudget(description=600, preview=420, output=300)
+
+# ---------------------------------------------------------------------------------------------
+# 1. Random competitions
+
+
+def nonsense(rng: random.Random, taken: set[str]) -> str:
+    """A pronounceable word that is not in `taken`, which it then joins."""
+    while True:
+        word = "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") + rng.choice("rnlsxt  ")
+                       for _ in range(rng.choice((2, 2, 3)))).replace(" ", "")
+        if word not in taken and len(word) > 3:
+            taken.add(word)
+            return word
+
+
+def make_world(rng: random.Random, number: int, taken: set[str]) -> bench.Spec:
+    """One random competition. Its names and its story mean nothing; its data have some structure."""
+    metric = rng.choice(list(bench.METRICS))
+    regression = metric in ("rmse", "mae")
+    classes = 0 if regression else 2 if metric in ("f1", "roc_auc") else rng.choice((2, 3, 3, 4))
+    if classes == 2 and metric != "accuracy":
+        labels = (0, 1)
+    elif rng.random() < 0.5:
+        labels = tuple(range(classes))
+    else:
+        labels = tuple(sorted(nonsense(rng, taken) for _ in range(classes)))
+    count = rng.randint(4, 14)
+    texts = rng.choice((0, 0, 1, 2))
+    holes = rng.choice((0, 0, 1, 2))
+
+    def make(generator, n):
+        x = generator.normal(size=(n, count))
+        weights = generator.normal(size=count) * (generator.random(count) < 0.6)
+        signal = x @ weights + np.sin(2 * x[:, 0]) * 2 + x[:, 1] * x[:, 2]
+        signal = (signal + generator.normal(size=n) * signal.std()) / signal.std()
+        columns = [x[:, k] * 10.0 ** generator.integers(-1, 3) + generator.integers(0, 9)
+                   for k in range(count)]
+        for k in range(texts):
+            words = np.array([nonsense(rng, set()) for _ in range(3)], object)
+            columns[k] = words[np.digitize(x[:, k], (-0.5, 0.5))]
+        for k in range(count - holes, count):
+            columns[k][generator.random(n) < 0.1] = np.nan
+        if regression:
+            return bench.Table(columns, signal * 7 + 30)
+        edges = np.quantile(signal, np.linspace(0, 1, classes + 1)[1:-1])
+        return bench.Table(columns, np.digitize(signal, edges))
+
+    def name():
+        word = nonsense(rng, taken)
+        return word + rng.choice(("", "", f"_{nonsense(rng, taken)}", f"_{rng.randint(1, 9)}"))
+
+    word = nonsense(rng, taken)
+    return bench.Spec(
+        id=f"world-{number}", split="corpus", title=f"{word.title()} {nonsense(rng, taken)}",
+        story=" ".join(nonsense(rng, set()) for _ in range(rng.randint(8, 20))).capitalize() + ".",
+        origin=rng.choice(("generated", "real")), metric=metric, id_column=name(),
+        id_format=rng.choice(("{:d}", "{:d}", word[:2].upper() + "-{:04d}")), target=name(),
+        features=tuple(name() for _ in range(count)),
+        rows=(rng.randrange(150, 300, 10), rng.randrange(60, 120, 10)), labels=labels, make=make)
+
+
+def make_worlds(rng: random.Random, count: int, folder: Path) -> list[tuple]:
+    """(Spec, Competition) pairs, written below `folder` like any other competition."""
+    # The corpus must share no name with the competitions that the policy is tried on.
+    taken, worlds = set(bench.all_column_names()), []
+    for number in tqdm(range(count), desc="random competitions", unit=""):
+        spec = make_world(rng, number, taken)
+        best = (0.1, 0.5, 0.9) if not bench.METRICS[spec.metric].lower_is_better else (9, 5, 1)
+        bench.write_competition(spec, folder, number, dict(zip(("dummy", "forest", "best"), best)))
+        worlds.append((spec, Competition.load(folder / spec.id)))
+    return worlds
+
+
+# ---------------------------------------------------------------------------------------------
+# 2. The grammar of scripts
+
+# Model families: weight in the corpus, module, class (Kind is Classifier or Regressor), arguments.
+# Weak families weigh more: which ones are good is left to reinforcement learning to find out.
+FAMILIES = [
+    (10, "dummy", "DummyKind", [""]),
+    (16, "tree", "DecisionTreeKind", ["max_depth=2", "max_depth=3", "max_depth=5", ""]),
+    (16, "neighbors", "KNeighborsKind",
+     ["1", "3", "5", "12", "30", "12, weights=\"distance\""]),
+    (8, "ensemble", "AdaBoostKind", ["n_estimators=20", "n_estimators=50"]),
+    (5, "ensemble", "RandomForestKind",
+     ["n_estimators=10", "n_estimators=50", "n_estimators=100", "n_estimators=100, max_depth=3",
+      "n_estimators=100, min_samples_leaf=5", "n_estimators=100, max_features=0.5"]),
+    (4, "ensemble", "ExtraTreesKind",
+     ["n_estimators=10", "n_estimators=100", "n_estimators=100, max_depth=3",
+      "n_estimators=150, min_samples_leaf=3"]),
+    (4, "ensemble", "GradientBoostingKind",
+     ["n_estimators=10", "n_estimators=100", "n_estimators=150, max_depth=2, learning_rate=0.05",
+      "n_estimators=150, max_depth=4, learning_rate=0.04, subsample=0.5"]),
+    (4, "ensemble", "HistGradientBoostingKind",
+     ["max_iter=10", "max_iter=100",
+      "max_iter=100, learning_rate=0.05, max_leaf_nodes=8, l2_regularization=5"]),
+]
+CLASSIFIERS = FAMILIES + [
+    (14, "naive_bayes", "GaussianNB", [""]),
+    (8, "linear_model", "LogisticRegression",
+     ["C=0.001, max_iter=500", "C=0.05, max_iter=500", "C=1, max_iter=500", "C=100, max_iter=500"]),
+    (4, "discriminant_analysis", "LinearDiscriminantAnalysis", [""]),
+    (4, "discriminant_analysis", "QuadraticDiscriminantAnalysis",
+     ["reg_param=0.05", "reg_param=0.5"]),
+    (5, "svm", "SVC", ["C=0.01", "C=1", "C=3, gamma=0.05", "C=10"]),
+]
+REGRESSORS = FAMILIES + [
+    (8, "linear_model", "Ridge", ["0.1", "3", "50", "1000"]),
+    (5, "linear_model", "Lasso", ["0.01", "0.1", "3"]),
+    (3, "linear_model", "HuberRegressor", ["max_iter=500"]),
+    (6, "svm", "SVR", ["C=0.1", "C=1", "C=10", "C=100", "C=1000, gamma=0.03"]),
+]
+# What may stand before the model in make_pipeline.
+STEPS = [
+    (6, ()),
+    (4, ("StandardScaler()",)),
+    (2, ("MinMaxScaler()",)),
+    (1, ("StandardScaler()", "PolynomialFeatures(2)", "StandardScaler()")),
+    (1, ("QuantileTransformer(n_quantiles=100, output_distribution=\"normal\")",)),
+]
+# Realistic mistakes. Some crash, some make the submission invalid, some only cost score.
+MISTAKES = (
+    "file",  # a data file that does not exist
+    "import",  # the model's import is missing
+    "column",  # a misspelt column name
+    "keep_id",  # the id stays among the features
+    "keep_target",  # the target stays among the training features
+    "impute",  # missing values stay
+    "encode",  # text columns stay
+    "form",  # labels where probabilities are asked, or the other way round
+    "kind",  # a regressor for classes, a classifier for numbers
+    "variable",  # a name that was never assigned
+    "length",  # predictions for the hold-out, not for the test rows
+    "index",  # the data frame's index becomes a column of the submission
+    "save",  # the submission is written under another name
+    "fit",  # the model is never fitted
+)
+
+
+def pick(rng: random.Random, weighted: list[tuple]):
+    return rng.choices(weighted, [w for w, *_ in weighted])[0]
+
+
+@dataclass(frozen=True)
+class Script:
+    """One script of the grammar, before it is spelt out for a competition."""
+
+    spelt: bool  # names are spelt out, else taken from the tables
+    module: str
+    model: str  # class with arguments; Kind stands for Classifier or Regressor
+    steps: tuple[str, ...]
+    holdout: str
+    fill: str
+    mistakes: frozenset[str]
+
+    @classmethod
+    def draw(cls, rng: random.Random, spec: bench.Spec, rate: float) -> "Script":
+        """A random script; each mistake is made with probability `rate`."""
+        _, module, name, arguments = pick(rng, CLASSIFIERS if spec.labels else REGRESSORS)
+        arguments = rng.choice(arguments)
+        if name == "SVC" and bench.METRICS[spec.metric].form == "probability":
+            arguments += ", probability=True"
+        if name not in ("DummyKind", "KNeighborsKind", "GaussianNB", "SVR", "HuberRegressor",
+                        "LinearDiscriminantAnalysis", "QuadraticDiscriminantAnalysis"):
+            arguments += (", " if arguments else "") + "random_state=0"
+        return cls(
+            spelt=rng.random() < 0.35, module=module, model=f"{name}({arguments})",
+            steps=pick(rng, STEPS)[1], holdout=rng.choice(("0.2", "0.25", "0.3")),
+            fill=rng.choice(("X.median()", "X.mean()", "0")),
+            mistakes=frozenset(m for m in MISTAKES if rng.random() < rate))
+
+    def source(self, spec: bench.Spec, rng: random.Random) -> str:
+        """The script for one competition."""
+        wrong = self.mistakes.__contains__
+        metric = bench.METRICS[spec.metric]
+        multi = len(spec.submission_columns) > 2
+        kind = "Classifier" if spec.labels else "Regressor"
+        if wrong("kind"):
+            kind = "Regressor" if spec.labels else "Classifier"
+        model = self.model.replace("Kind", kind)
+        steps = ", ".join((*self.steps, model))
+        probability = (metric.form == "probability") != (wrong("form") and bool(spec.labels))
+        column = "" if multi and metric.form == "probability" else "[:, 1]"
+
+        def predict(x, probability=probability):
+            return f"model.predict_proba({x}){column}" if probability else f"model.predict({x})"
+
+        function = {"accuracy": "accuracy_score", "f1": "f1_score", "roc_auc": "roc_auc_score",
+                    "log_loss": "log_loss", "rmse": "root_mean_squared_error",
+                    "mae": "mean_absolute_error"}[spec.metric]
+        imports = [
+            "import pandas as pd",
+            "from sklearn.model_selection import train_test_split",
+            f"from sklearn.metrics import {function}",
+        ]
+        if not wrong("import"):
+            imports.append(f"from sklearn.{self.module} import {model.split('(')[0]}")
+        if self.steps:
+            used = sorted({s.split("(")[0] for s in self.steps})
+            imports += ["from sklearn.pipeline import make_pipeline",
+                        f"from sklearn.preprocessing import {', '.join(used)}"]
+        train_file = rng.choice(("train.csv", "input/training.csv")) if wrong("file") \
+            else "input/train.csv"
+        lines = [
+            *imports, "",
+            f'train = pd.read_csv("{train_file}")',
+            'test = pd.read_csv("input/test.csv")',
+            'sub = pd.read_csv("input/sample_submission.csv")',
+        ]
+        if self.spelt:
+            lines += [f'id_col = "{spec.id_column}"', f'target = "{spec.target}"']
+        else:
+            lines += ["id_col = sub.columns[0]",
+                      "target = [c for c in train.columns if c not in test.columns][0]"]
+        if wrong("column"):
+            lines[-1] = rng.choice(('target = "target"', 'target = "label"',
+                                    "target = test.columns[-1]"))
+        dropped = [c for c in ("id_col", "target")
+                   if not wrong({"id_col": "keep_id", "target": "keep_target"}[c])]
+        lines += [
+            "y = train[target]",
+            f"X = train.drop(columns=[{', '.join(dropped)}])" if dropped else "X = train",
+            "X_test = test" if wrong("keep_id") else "X_test = test.drop(columns=[id_col])",
+        ]
+        if not wrong("encode"):
+            lines += ["X = pd.get_dummies(X)",
+                      "X_test = pd.get_dummies(X_test).reindex(columns=X.columns, fill_value=0)"]
+        if not wrong("impute"):
+            lines += [f"X_test = X_test.fillna({self.fill})", f"X = X.fillna({self.fill})"]
+        lines += [
+            f"model = make_pipeline({steps})" if self.steps else f"model = {model}",
+            f"X_a, X_b, y_a, y_b = train_test_split(X, y, test_size={self.holdout}, random_state=0)",
+        ]
+        if not wrong("fit"):
+            lines.append("model.fit(X_a, y_a)")
+        score = f"{function}(y_b, {predict('X_b', metric.form == 'probability')})"
+        if wrong("form"):
+            score = f"{function}(y_b, {predict('X_b')})"
+        lines.append(f'print("validation score:", {score})')
+        if not wrong("fit"):
+            lines.append("model.fit(X, y)")
+        rows = "X_tset" if wrong("variable") else "X_b" if wrong("length") else "X_test"
+        place = "sub[sub.columns[1:]]" if multi and probability else "sub[target]"
+        name = "output.csv" if wrong("save") else "submission.csv"
+        lines += [
+            f"{place} = {predict(rows)}",
+            f'sub.to_csv("{name}")' if wrong("index") else f'sub.to_csv("{name}", index=False)',
+        ]
+        return "\n".join(lines) + "\n"
+
+
+# ---------------------------------------------------------------------------------------------
+# 3. Examples: prompts as in training, answers from the grammar
+
+
+def make_examples(rng: random.Random, worlds: list, count: int, rate: float, sandbox: Sandbox
+                  ) -> list[tuple[list[dict], str]]:
+    """(chat messages, answer) pairs: half drafts, a quarter each of improve and debug.
+
+    A parent is executed, so that what a debug prompt shows is what the sandbox says. An improve
+    answer changes the parent's model or preprocessing; it is as likely worse as better. A debug
+    answer drops the parent's mistakes; like every answer it may make new ones.
+    """
+    jobs = []
+    for index in range(count):
+        spec, competition = rng.choice(worlds)
+        operator = ("draft", "improve", "draft", "debug")[index % 4]
+        parent = Script.draw(rng, spec, 0.0)
+        if operator == "debug":
+            parent = replace(parent, mistakes=frozenset(rng.sample(MISTAKES, rng.choice((1, 1, 2)))))
+        jobs.append((spec, competition, operator, parent, parent.source(spec, rng)))
+
+    # An improve prompt shows a validation score only, any number will do; debug needs real errors.
+    failing = [job for job in jobs if job[2] == "debug"]
+    with ThreadPoolExecutor(2) as pool:
+        runs = list(tqdm(pool.map(lambda job: sandbox.run(job[1], job[4]), failing),
+                         total=len(failing), desc="failing scripts", unit=""))
+    outcomes = {id(job): run for job, run in zip(failing, runs)}
+
+    examples = []
+    for job in jobs:
+        spec, competition, operator, parent, source = job
+        run = outcomes.get(id(job))
+        if run is not None and run.valid:
+            operator = "improve"  # a mistake that only cost score
+        answer = Script.draw(rng, spec, rate)
+        trace = None
+        if operator != "draft":
+            trace = Trace(f"t{len(examples)}", "", competition.id, "draft", code=source,
+                          code_key=code_key(source), valid=operator == "improve")
+            if run is None:
+                trace.validation_score = rng.choice((rng.random(), rng.random() * 30))
+            else:
+                describe_run(trace, run)
+            fresh = replace(answer, spelt=parent.spelt, fill=parent.fill, holdout=parent.holdout)
+            if operator == "debug":
+                answer = replace(fresh, module=parent.module, model=parent.model,
+                                 steps=parent.steps)
+            elif rng.random() < 0.3:
+                answer = replace(fresh, module=parent.module, model=parent.model)  # other steps
+            else:
+                answer = fresh
+        task = Task(f"{competition.id}/{operator}", competition.id, operator, parent=trace)
+        text = f"```python\n{answer.source(spec, rng)}```"
+        examples.append((task_messages(competition, task, BUDGET), text))
+    return examples
+
+
+# ---------------------------------------------------------------------------------------------
+# 4. Tokenizer and model
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def make_tokenizer(texts: list[str], vocabulary: int):
+    """Byte-level BPE with a chat template. Merges may span a whole line but not a number: the fixed
+    lines of the corpus become a few tokens each, which is what makes two cores enough."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(r"\n+|\d|[^\n\d]+"), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=special, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+        chat_template=CHAT_TEMPLATE, model_max_length=2048, clean_up_tokenization_spaces=False)
+
+
+def make_model(tokenizer, hidden: int, layers: int, seed: int):
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(seed)
+    return Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=3 * hidden,
+        num_hidden_layers=layers, num_attention_heads=hidden // 32, num_key_value_heads=hidden // 64,
+        head_dim=32, max_position_embeddings=2048, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+
+
+def teach(model, sequences: list[tuple[list[int], int]], tokens_per_batch: int, learning_rate: float,
+          seed: int) -> float:
+    """One pass of next-token prediction over (token ids, prompt length); loss on answers only.
+
+    Sequences of similar length share a batch, padded on the right: with causal attention the padding
+    is never seen. Returns the mean loss of the last tenth, nat per token.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    rng = random.Random(seed)
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i][0]) + rng.random())
+    batches, batch = [], []
+    for index in order:
+        batch.append(index)
+        if len(batch) * len(sequences[index][0]) >= tokens_per_batch:
+            batches.append(batch)
+            batch = []
+    rng.shuffle(batches)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95),
+                                  weight_decay=0.01)
+    warmup, total, losses = 20, len(batches), []
+    bar = tqdm(batches, desc="teaching", unit="batch")
+    for step, batch in enumerate(bar):
+        scale = min((step + 1) / warmup, 0.02 + 0.98 * (1 - step / total))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * scale
+        length = max(len(sequences[i][0]) for i in batch)
+        ids = torch.zeros(len(batch), length, dtype=torch.long)  # (N, L)
+        labels = torch.full((len(batch), length), -100)  # (N, L)
+        for row, i in enumerate(batch):
+            tokens, prompt = sequences[i]
+            ids[row, :len(tokens)] = torch.tensor(tokens)
+            labels[row, prompt:len(tokens)] = torch.tensor(tokens[prompt:])
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state  # (N, L, H)
+            answers = labels[:, 1:] != -100  # (N, L - 1)
+            logits = model.lm_head(hidden[:, :-1][answers])  # (answer tokens, V)
+        loss = F.cross_entropy(logits.float(), labels[:, 1:][answers])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        bar.set_postfix(loss=f"{np.mean(losses[-20:]):.3f}")
+    return float(np.mean(losses[-max(total // 10, 1):]))
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description="Teach a tiny Qwen3 to write scikit-learn scripts.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--out", required=True, help="directory of the model; replaced if it exists")
+    parser.add_argument("--examples", type=int, default=8000, help="prompts with an answer")
+    parser.add_argument("--worlds", type=int, default=300, help="random competitions")
+    parser.add_argument("--mistakes", type=float, default=0.04,
+                        help="rate of each of the mistakes in an answer")
+    parser.add_argument("--hidden", type=int, default=192, help="hidden size, a multiple of 64")
+    parser.add_argument("--layers", type=int, default=4, help="decoder layers")
+    parser.add_argument("--vocabulary", type=int, default=2048, help="tokens")
+    parser.add_argument("--batch-tokens", type=int, default=6000, help="tokens a batch")
+    parser.add_argument("--learning-rate", type=float, default=3e-3, help="peak learning rate")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--unsafe", action="store_true", help="run without sandbox isolation")
+    args = parser.parse_args(argv)
+    started = time.monotonic()
+    import torch
+
+    torch.set_num_threads(min(os.cpu_count() or 1, 8))
+    rng = random.Random(args.seed)
+    out = Path(args.out)
+    with tempfile.TemporaryDirectory() as folder, Sandbox(slots=2, unsafe=args.unsafe) as sandbox:
+        worlds = make_worlds(rng, args.worlds, Path(folder))
+        examples = make_examples(rng, worlds, args.examples, args.mistakes, sandbox)
+    texts = [m["content"] for messages, _ in examples[:1500] for m in messages]
+    tokenizer = make_tokenizer(texts + [a for _, a in examples[:3000]], args.vocabulary)
+    sequences = []
+    for messages, answer in tqdm(examples, desc="tokenizing", unit=""):
+        prompt = encode_chat(tokenizer, messages)
+        sequences.append((prompt + tokenizer.encode(answer) + [tokenizer.eos_token_id], len(prompt)))
+    model = make_model(tokenizer, args.hidden, args.layers, args.seed)
+    answers = sum(len(t) - p for t, p in sequences)
+    print(f"{model.num_parameters() / 1e6:.2f}M parameters; {len(sequences)} examples, on average "
+          f"{np.mean([p for _, p in sequences]):.0f} prompt and {answers / len(sequences):.0f} answer "
+          f"tokens", flush=True)
+    loss = teach(model, sequences, args.batch_tokens, args.learning_rate, args.seed)
+    if out.exists():
+        shutil.rmtree(out)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    print(f"wrote {out}: loss {loss:.3f} nat/token, {time.monotonic() - started:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
