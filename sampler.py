@@ -116,7 +116,7 @@ class AdaptiveSampler:
     """
 
     def __init__(self, kind: str = "lp", tau: float = 1.0, epsilon: float = 0.1,
-                 decay: float = 0.5, cooldown: int = 16, prior_strength: float = 4.0,
+                 decay: float = 0.5, cooldown: int = 8, prior_strength: float = 4.0,
                  balance_operators: bool = True, seed: int = 0,
                  operators: Sequence[str] = OPERATORS):
         learnability_potential(0.0, 0.0, kind)  # refuses an unknown kind
@@ -191,26 +191,26 @@ class AdaptiveSampler:
               parent_reward: float | None = None) -> tuple[float, float]:
         """Mean and variance assumed of a task before its first visit.
 
-        The operator's level is a running mean over all its groups, optimistic at the start. The
-        spread is the level's or that of the parent's group, whichever is larger. The mean is
+        The operator's level is a running mean over all its groups, and optimistic at the start: as
+        learnable as a 0/1 reward can be. A root takes its level. A child's variance lies half-way
+        between the level's and that of the parent's group; its mean is for
 
-            draft    the operator's level
             improve  the parent's reward: a policy that changes nothing repeats it
-            debug    half the operator's level, half the mean of the parent's group: whoever writes
-                     half of the drafts right can probably mend the other half
+            debug    half-way between the level and the mean of the parent's group: whoever writes
+                     half of the drafts right can probably mend some of the other half
 
         >>> sampler = AdaptiveSampler()
         >>> sampler.prior("draft")
         (0.25, 0.1875)
         >>> sampler.prior("improve", [0.0, 0.75], 0.75)
-        (0.75, 0.1875)
+        (0.75, 0.1640625)
         >>> sampler.prior("debug", [0.0, 0.75], 0.0)
-        (0.3125, 0.1875)
+        (0.3125, 0.1640625)
         """
         mean, var = self.level[operator]
         rewards = np.array([] if rewards is None else list(rewards), float)
         if rewards.size:
-            var = max(var, float(rewards.var()))
+            var = (var + float(rewards.var())) / 2
             if operator == "debug":
                 mean = (mean + float(rewards.mean())) / 2
             elif operator != "draft":
@@ -551,8 +551,8 @@ def main() -> None:
     print("  and variance (3/16 + 1/4)/2 = 0.219, so LP = 0.468 * 0.625 = 0.292")
     show(sampler)
 
-    print("\nA failed draft of `frontier` opens a debug task. Its prior: mean (0.25 + 0.5)/2,")
-    print("  variance 1/4. It is fully awake (cool 1), the others have just been visited (1/5):")
+    print("\nA failed draft of `frontier` opens a debug task. Its prior: mean (0.25 + 0.5)/2 ...")
+    print("  variance (3/16 + 1/4)/2. It is fully awake (cool 1), the others were just visited (1/5):")
     sampler.add("frontier/debug/a", "frontier", "debug", prior_rewards=[0, 1, 0, 1],
                 parent_reward=0.0)
     show(sampler)
