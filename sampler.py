@@ -360,7 +360,7 @@ class AdaptiveSampler:
         operator = table["operator"]
         share, total = self._operator_shares(), self.sums[0].sum(1)
         per_weight = np.divide(share, total * share.sum(), out=np.zeros_like(total),
-                               where=total > 0)
+                               where=share > 0)
         epsilon = self.epsilon if share.sum() > 0 else 1.0
         counts = self.counts.astype(float)
         levels = counts.any(1).sum() * (counts > 0).sum(1, keepdims=True)  # (competitions, 1)

@@ -1,0 +1,398 @@
+"""Evolving buffer: hand-computed cases and properties.   python -m pytest tests/test_buffer.py"""
+
+import doctest
+import errno
+import json
+from zlib import crc32
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import buffer as module
+from buffer import EvolvingBuffer, Group, Task, Trace, error_type, select_parents
+
+
+def trace(task, key, base=0.0, status=None, output="", code=None, **more):
+    """A trace of `task` whose script is told apart by `key`; base > 0 means valid."""
+    return Trace(
+        id=f"{task.id}#{key}", task_id=task.id, competition_id=task.competition_id,
+        operator=task.operator, depth=task.depth, code=f"print({key!r})" if code is None else code,
+        code_key=key, status=status or ("ok" if base > 0 else "error"), output=output,
+        valid=base > 0, base_reward=base, reward=base, **more)
+
+
+def snapshot(buffer):
+    """The state but for the position in the log, which a buffer without a log does not have."""
+    state = buffer.state_dict()
+    del state["log_bytes"]
+    return json.loads(json.dumps(state, allow_nan=False))
+
+
+@pytest.fixture
+def buffer():
+    return EvolvingBuffer(["iris", "wine"])
+
+
+@pytest.fixture
+def root(buffer):
+    return buffer.tasks["iris/draft"]
+
+
+def test_doctests():
+    assert doctest.testmod(module).failed == 0
+
+
+def test_worked_example_runs(capsys):
+    module.main()
+    assert "the lowest score leaves: ['iris/debug/e']" in capsys.readouterr().out
+
+
+# ---- records
+
+
+def test_trace_survives_json_bit_by_bit():
+    original = Trace(
+        "t", "iris/draft", "iris", "draft", prompt_ids=[3, 1], response_ids=np.array([7], np.int32),
+        logprobs=np.array([-0.1], np.float32), score=np.float64(0.25), valid=np.bool_(True))
+    copy = Trace.from_json(json.loads(json.dumps(original.to_json())))
+    assert copy.to_json() == original.to_json()
+    assert copy.logprobs.dtype == np.float32 and copy.logprobs[0] == original.logprobs[0]
+    assert copy.prompt_ids.dtype == np.int32 and copy.valid is True
+    assert not {"prompt_ids", "response_ids", "logprobs"} & original.public().keys()
+    assert len(Trace.from_json(original.public()).response_ids) == 0
+
+
+def test_scores_that_are_not_finite_become_null(root):
+    assert trace(root, "a", score=float("nan")).public()["score"] is None
+
+
+def test_group_reports_its_oldest_version_and_survives_json(root):
+    group = Group(root, [trace(root, "a", 0.5, policy_version=4), trace(root, "b", policy_version=3)],
+                  epoch=2, handout_version=4)
+    assert group.policy_version == 3
+    assert group.rewards.dtype == np.float32 and group.rewards.tolist() == [0.5, 0.0]
+    copy = Group.from_json(json.loads(json.dumps(group.to_json())))
+    assert copy.to_json() == group.to_json() and copy.epoch == 2 and copy.task.id == root.id
+
+
+# ---- admission
+
+
+def test_failed_opens_debug_and_valid_opens_improve(buffer, root):
+    admitted, evicted = buffer.add(Group(root, [trace(root, "good", 0.6), trace(root, "bad")]))
+    assert [(t.id, t.operator, t.depth) for t in admitted] == [
+        ("iris/improve/good", "improve", 1), ("iris/debug/bad", "debug", 1)]
+    assert admitted[0].parent.code == "print('good')" and evicted == []
+    assert buffer.counts() == {"draft": 2, "improve": 1, "debug": 1}
+
+
+def test_a_parent_keeps_no_tokens(buffer, root):
+    (child,), _ = buffer.add(Group(root, [trace(root, "a", response_ids=np.arange(9, dtype="i4"))]))
+    assert len(child.parent.response_ids) == 0
+
+
+def test_no_task_without_code_without_headroom_or_from_a_refused_execution(buffer, root):
+    admitted, _ = buffer.add(Group(root, [
+        trace(root, "empty", code=""), trace(root, "perfect", 1.0), trace(root, "near", 0.992),
+        trace(root, "refused", status="refused"), trace(root, "below", 0.989)]))
+    assert [t.id for t in admitted] == ["iris/improve/below"]
+
+
+def test_depth_ends_at_its_maximum(buffer, root):
+    buffer.max_depth = 2
+    task = root
+    for key in "ab":
+        (task,), _ = buffer.add(Group(task, [trace(task, key)]))
+    assert task.depth == 2 and buffer.add(Group(task, [trace(task, "c")])) == ([], [])
+
+
+def test_duplicates_merge_within_a_group_and_with_the_buffer(buffer, root):
+    admitted, _ = buffer.add(Group(root, [trace(root, "a"), trace(root, "a"), trace(root, "a")]))
+    assert [t.id for t in admitted] == ["iris/debug/a"]
+    again, _ = buffer.add(Group(root, [trace(root, "a"), trace(root, "b", status="timeout")]))
+    assert [t.id for t in again] == ["iris/debug/b"]
+    assert buffer.statistics()["operator"]["draft"]["merged"] == 3
+
+
+def test_equal_code_of_another_outcome_or_competition_is_no_duplicate(buffer, root):
+    wine = buffer.tasks["wine/draft"]
+    buffer.add(Group(root, [trace(root, "a")]))
+    assert buffer.add(Group(root, [trace(root, "a", 0.4)]))[0][0].id == "iris/improve/a"
+    assert buffer.add(Group(wine, [trace(wine, "a")]))[0][0].id == "wine/debug/a"
+
+
+def test_diversity_takes_turns_between_distinct_scores_and_distinct_errors(root):
+    traces = [trace(root, "low", 0.3), trace(root, "key1", output="KeyError: 'a'"),
+              trace(root, "top", 0.8), trace(root, "key2", output="KeyError: 'b'"),
+              trace(root, "top2", 0.8), trace(root, "value", output="ValueError: x")]
+    names = [t.code_key for t in select_parents(traces, 6)]
+    assert names == ["top", "key1", "low", "value"]
+    assert [t.code_key for t in select_parents(traces, 3)] == names[:3]
+
+
+def test_at_most_k_new_tasks_a_group(buffer, root):
+    group = Group(root, [trace(root, f"s{i}", 0.1 + 0.1 * i) for i in range(6)])
+    admitted, _ = buffer.add(group)
+    assert [t.parent.base_reward for t in admitted] == pytest.approx([0.6, 0.5, 0.4])
+
+
+@pytest.mark.parametrize("status, output, reason, expected", [
+    ("error", "Traceback:\n  ...\nValueError: first\n\nDuring ...\nKeyError: 'id'", "", "KeyError"),
+    ("error", "sklearn.exceptions.NotFittedError: call fit", "", "NotFittedError"),
+    ("error", "x.py:3: FutureWarning: soon\nMemoryError", "", "MemoryError"),
+    ("error", "print of NameError: in the middle", "IndexError: 3", "IndexError"),
+    ("error", "no traceback at all", "", "error"),
+    ("timeout", "KeyError: caught and printed", "", "timeout"),
+    ("invalid", "", "expected 10 rows", "invalid"),
+])
+def test_error_type(root, status, output, reason, expected):
+    assert error_type(trace(root, "a", status=status, output=output, reason=reason)) == expected
+
+
+def test_without_the_buffer_only_roots(root):
+    buffer = EvolvingBuffer(["iris", "wine"], enabled=False)
+    assert buffer.add(Group(root, [trace(root, "a", 0.5), trace(root, "b")])) == ([], [])
+    assert list(buffer.tasks) == ["iris/draft", "wine/draft"]
+    assert buffer.statistics()["operator"]["draft"]["traces"] == 2
+
+
+# ---- capacity
+
+
+def fill(capacity, keys):
+    buffer = EvolvingBuffer(["iris"], capacity=capacity)
+    root = buffer.tasks["iris/draft"]
+    for key in keys:
+        buffer.add(Group(root, [trace(root, key)]))
+    return buffer, root
+
+
+def test_the_lowest_score_leaves_first():
+    buffer, root = fill(4, "abc")
+    scores = {"iris/debug/a": 0.3, "iris/debug/b": 0.1, "iris/debug/c": 0.2}
+    admitted, evicted = buffer.add(Group(root, [trace(root, "d")]), score=scores.__getitem__)
+    assert evicted == ["iris/debug/b"] and [t.id for t in admitted] == ["iris/debug/d"]
+    assert len(buffer) == 4
+
+
+def test_the_oldest_leaves_among_equals_and_without_scores():
+    buffer, root = fill(4, "abc")
+    assert buffer.add(Group(root, [trace(root, "d")]), lambda _: 0.5)[1] == ["iris/debug/a"]
+    assert buffer.add(Group(root, [trace(root, "e")]))[1] == ["iris/debug/b"]
+
+
+def test_protected_tasks_stay_and_what_finds_no_room_is_not_admitted():
+    buffer, root = fill(3, "ab")
+    everything = {"iris/debug/a", "iris/debug/b"}
+    group = Group(root, [trace(root, "c", 0.5), trace(root, "d")])
+    assert buffer.add(group, protected=everything) == ([], [])
+    admitted, evicted = buffer.add(group, protected={"iris/debug/a"})
+    assert [t.id for t in admitted] == ["iris/improve/c"] and evicted == ["iris/debug/b"]
+
+
+def test_a_large_buffer_makes_room_for_several_groups_at_once():
+    buffer, root = fill(128, [f"{i}" for i in range(127)])
+    assert len(buffer) == 128
+    calls = []
+    _, evicted = buffer.add(Group(root, [trace(root, "x")]), lambda i: calls.append(i) or 0.0)
+    assert evicted == ["iris/debug/0", "iris/debug/1"] and len(calls) == 127
+
+
+def test_an_evicted_task_can_come_back(buffer):
+    buffer, root = fill(2, "a")
+    buffer.add(Group(root, [trace(root, "b")]))
+    assert [t.id for t in buffer.add(Group(root, [trace(root, "a")]))[0]] == ["iris/debug/a"]
+
+
+def test_a_late_group_of_an_evicted_task_still_teaches(buffer):
+    buffer, root = fill(2, "a")
+    gone = buffer.tasks["iris/debug/a"]
+    buffer.add(Group(root, [trace(root, "b")]))
+    admitted, _ = buffer.add(Group(gone, [trace(gone, "c", 0.5)]))
+    assert buffer.ancestry(admitted[0].id) == ["iris/draft", "iris/debug/a", "iris/improve/c"]
+
+
+@pytest.mark.parametrize("ids, capacity, message", [
+    ([], 10, "no competitions"), (["a", "a"], 10, "twice"), (["a", "b"], 1, "capacity 1")])
+def test_impossible_buffers_are_refused(ids, capacity, message):
+    with pytest.raises(ValueError, match=message):
+        EvolvingBuffer(ids, capacity=capacity)
+
+
+def test_groups_that_do_not_belong_are_refused(buffer, root):
+    with pytest.raises(ValueError, match="no traces"):
+        buffer.add(Group(root, []))
+    stranger = Task.root("titanic")
+    with pytest.raises(ValueError, match="unknown competition 'titanic'"):
+        buffer.add(Group(stranger, [trace(stranger, "a")]))
+    assert buffer.sequence == 0
+
+
+def test_statistics_by_operator_and_competition(buffer, root):
+    wine = buffer.tasks["wine/draft"]
+    (good, bad), _ = buffer.add(Group(root, [trace(root, "a", 0.5, medal="gold"), trace(root, "b")]))
+    buffer.add(Group(bad, [trace(bad, "c", 0.3)]))
+    buffer.add(Group(wine, [trace(wine, "d")]))
+    found = buffer.statistics()
+    assert found["operator"]["draft"] == {
+        "tasks": 2, "groups": 2, "traces": 3, "admitted": 0, "merged": 0, "evicted": 0,
+        "valid_rate": 1 / 3, "medal_rate": 1 / 3, "reward_mean": 0.5 / 3}
+    assert found["operator"]["improve"]["admitted"] == 2
+    assert found["competition"]["iris"]["traces"] == 3
+    assert found["competition"]["iris"]["reward_mean"] == pytest.approx(0.8 / 3)
+
+
+# ---- log and snapshot
+
+
+def logged(tmp_path, **options):
+    return EvolvingBuffer(["iris", "wine"], log_path=tmp_path / "groups.jsonl", **options)
+
+
+def test_the_log_holds_the_epoch_and_is_on_disk_at_once(tmp_path, root):
+    buffer = logged(tmp_path)
+    buffer.add(Group(root, [trace(root, "a")], epoch=3, handout_version=7))
+    (line,) = (tmp_path / "groups.jsonl").read_text().splitlines()
+    record = json.loads(line)
+    assert (record["sequence"], record["epoch"], record["handout_version"]) == (1, 3, 7)
+    assert record["traces"][0]["code"] == "print('a')" and "logprobs" not in record["traces"][0]
+
+
+def test_replay_goes_on_from_a_snapshot_and_reports_the_changes(tmp_path, root):
+    buffer = logged(tmp_path, capacity=3)
+    buffer.add(Group(root, [trace(root, "a")]))
+    state = json.loads(json.dumps(buffer.state_dict()))
+    buffer.add(Group(root, [trace(root, "b", 0.5)], epoch=1), lambda task_id: 0.0)
+    resumed = logged(tmp_path, capacity=3)
+    resumed.load_state_dict(state)
+    (change,) = resumed.replay()
+    assert (change.sequence, change.epoch, change.task_id) == (2, 1, "iris/draft")
+    assert change.rewards.tolist() == [0.5] and change.evicted == ["iris/debug/a"]
+    assert [t.id for t in change.admitted] == ["iris/improve/b"]
+    assert snapshot(resumed) == snapshot(buffer)
+    assert resumed.replay() == []
+    resumed.add(Group(root, [trace(root, "c")]))  # and the log goes on
+    whole = EvolvingBuffer(["iris", "wine"], capacity=3)
+    assert len(whole.replay(tmp_path / "groups.jsonl")) == 3
+    assert snapshot(whole) == snapshot(resumed)
+
+
+@pytest.mark.parametrize("keep", [1, 40, -1])
+def test_a_torn_last_line_is_ignored_and_then_cut_off(tmp_path, root, keep):
+    path = tmp_path / "groups.jsonl"
+    buffer = logged(tmp_path)
+    buffer.add(Group(root, [trace(root, "a")]))
+    whole = path.read_bytes()
+    buffer.add(Group(root, [trace(root, "b", status="timeout")]))
+    path.write_bytes(whole + path.read_bytes()[len(whole):][:keep])
+    resumed = logged(tmp_path)
+    assert len(resumed.replay()) == 1
+    resumed.add(Group(root, [trace(root, "c", status="memory")]))
+    assert [json.loads(line)["sequence"] for line in path.read_text().splitlines()] == [1, 2]
+
+
+def test_a_damaged_line_a_gap_and_a_log_not_replayed_are_errors(tmp_path, root):
+    path = tmp_path / "groups.jsonl"
+    buffer = logged(tmp_path)
+    for key in "abc":
+        buffer.add(Group(root, [trace(root, key)]))
+    with pytest.raises(ValueError, match="holds 3 groups, this buffer 0: replay"):
+        logged(tmp_path).add(Group(root, [trace(root, "d")]))
+    first, second, third = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(first + third)
+    with pytest.raises(ValueError, match="group 3 follows 1"):
+        logged(tmp_path).replay()
+    path.write_bytes(first + second[:50] + b"\n" + third)
+    with pytest.raises(ValueError, match="damaged line"):
+        logged(tmp_path).replay()
+
+
+def test_a_full_disk_leaves_buffer_and_log_as_they_were(tmp_path, root):
+    path = tmp_path / "groups.jsonl"
+    buffer = logged(tmp_path)
+    buffer.add(Group(root, [trace(root, "a")]))
+    before, text = snapshot(buffer), path.read_bytes()
+    group = Group(root, [trace(root, "b", status="timeout")])
+
+    class FullDisk:
+        def __init__(self, file):
+            self.file, self.calls = file, 0
+
+        def write(self, data):
+            self.calls += 1
+            if self.calls > 1:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return self.file.write(data[:10])
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    real, buffer._log = buffer._log, FullDisk(buffer._log)
+    with pytest.raises(OSError, match="No space left"):
+        buffer.add(group)
+    assert snapshot(buffer) == before and path.read_bytes() == text
+    buffer._log = real
+    buffer.add(group)  # there is room again
+    assert len(EvolvingBuffer(["iris", "wine"]).replay(path)) == 2
+
+
+def test_a_long_line_is_found_when_the_log_is_opened_again(tmp_path, root):
+    buffer = logged(tmp_path)
+    for key in "ab":
+        buffer.add(Group(root, [trace(root, key, code="x" * 200_000)]))
+    resumed = logged(tmp_path)
+    resumed.replay()
+    resumed.add(Group(root, [trace(root, "c")]))
+    assert resumed.sequence == 3
+
+
+def test_a_snapshot_of_other_competitions_is_refused(buffer):
+    with pytest.raises(ValueError, match="snapshot is of competitions"):
+        EvolvingBuffer(["titanic"]).load_state_dict(buffer.state_dict())
+
+
+# ---- properties
+
+outcomes = st.tuples(st.sampled_from("abcdefgh"), st.sampled_from([0.0, 0.0, 0.05, 0.4, 0.6, 1.0]),
+                     st.sampled_from(["KeyError", "ValueError", "TypeError"]))
+steps = st.lists(st.tuples(st.integers(0, 999), st.lists(outcomes, min_size=1, max_size=5),
+                           st.integers(0, 3), st.integers(0, 9)), max_size=25)
+
+
+@settings(max_examples=60, deadline=None)
+@given(steps=steps, capacity=st.integers(2, 12), k=st.integers(1, 4), stop=st.integers(0, 25))
+def test_properties_of_any_history(tmp_path_factory, steps, capacity, k, stop):
+    """Capacity and depth hold, roots and protected stay, replay and save/load give the snapshot."""
+    path = tmp_path_factory.mktemp("log") / "groups.jsonl"
+    options = dict(capacity=capacity, children_per_group=k, max_depth=3)
+    buffer = EvolvingBuffer(["iris", "wine"], log_path=path, **options)
+    saved = json.loads(json.dumps(buffer.state_dict()))
+    for number, (pick, group, protect, salt) in enumerate(steps):
+        task = list(buffer.tasks.values())[pick % len(buffer)]
+        traces = [trace(task, f"{key}{salt}", base, output=f"{error}: x")
+                  for key, base, error in group]
+        before = dict(buffer.tasks)
+        protected = set(list(before)[-protect:]) if protect else set()
+        admitted, evicted = buffer.add(Group(task, traces), lambda i: crc32(i.encode()) % 7,
+                                       protected)
+        assert len(buffer) <= capacity and len(admitted) <= k
+        assert all(root in buffer.tasks for root in ("iris/draft", "wine/draft"))
+        assert not protected & set(evicted)
+        assert set(buffer.tasks) == (set(before) - set(evicted)) | {t.id for t in admitted}
+        assert all(t.depth <= 3 and t.depth == len(buffer.ancestry(t.id)) - 1
+                   for t in buffer.tasks.values())
+        if number == stop:
+            saved = json.loads(json.dumps(buffer.state_dict()))
+    final = snapshot(buffer)
+
+    from_start = EvolvingBuffer(["iris", "wine"], log_path=path, **options)
+    assert len(from_start.replay()) == len(steps) and snapshot(from_start) == final
+    from_middle = EvolvingBuffer(["iris", "wine"], log_path=path, **options)
+    from_middle.load_state_dict(saved)
+    from_middle.replay()
+    assert snapshot(from_middle) == final
+    copy = EvolvingBuffer(["iris", "wine"], **options)
+    copy.load_state_dict(json.loads(json.dumps(buffer.state_dict())))
+    assert snapshot(copy) == final and list(copy.tasks) == list(buffer.tasks)

@@ -1,0 +1,405 @@
+"""Potential and sampler: cases by hand, properties.   python -m pytest tests/test_sampler.py"""
+
+import doctest
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import sampler as module
+from sampler import AdaptiveSampler, learnability_potential
+
+
+def roots(names="abc", **options):
+    options.setdefault("cooldown", 0)
+    sampler = AdaptiveSampler(**options)
+    for name in names:
+        sampler.add(f"{name}/draft", name, "draft")
+    return sampler
+
+
+def approx(**values):
+    return pytest.approx(values, abs=1e-6)
+
+
+def restored(sampler, **options):
+    copy = AdaptiveSampler(**options)
+    copy.load_state_dict(json.loads(json.dumps(sampler.state_dict(), allow_nan=False)))
+    return copy
+
+
+def test_doctests():
+    assert doctest.testmod(module).failed == 0
+
+
+def test_worked_example_runs(capsys):
+    module.main()
+    assert "LP 0.292" in capsys.readouterr().out
+
+
+# ---- the potential
+
+
+@pytest.mark.parametrize("kind, expected", [
+    ("lp", [0.0, 0.4 * 0.8, 0.5 * 0.5, 0.0]), ("variance", [0.0, 0.16, 0.25, 0.0]),
+    ("regret", [0.0, 0.8, 0.5, 0.0]), ("uniform", [1, 1, 1, 1])])
+def test_potential(kind, expected):
+    found = learnability_potential([0.0, 0.2, 0.5, 1.0], [0.0, 0.4, 0.5, 0.0], kind)
+    assert found.tolist() == pytest.approx(expected)
+
+
+def test_nothing_to_learn_from_always_and_never_solved_tasks():
+    for kind in ("lp", "variance", "regret"):
+        assert not learnability_potential([0.0, 1.0], [0.0, 0.0], kind).any()
+
+
+def test_an_unknown_kind_is_refused_at_once():
+    with pytest.raises(ValueError, match="unknown potential 'ucb'; choose one of lp, "):
+        AdaptiveSampler(kind="ucb")
+
+
+# ---- prior and statistics
+
+
+def test_priors_by_operator():
+    sampler = AdaptiveSampler()
+    assert sampler.prior("draft") == (0.25, 3 / 16)
+    rewards = [0.0, 0.0, 0.4, 0.8]  # mean 0.3, variance 0.11
+    assert sampler.prior("improve", rewards, 0.4) == pytest.approx((0.4, (3 / 16 + 0.11) / 2))
+    assert sampler.prior("improve", rewards) == pytest.approx((0.8, (3 / 16 + 0.11) / 2))
+    assert sampler.prior("debug", rewards, 0.0) == pytest.approx((0.275, (3 / 16 + 0.11) / 2))
+
+
+def test_the_prior_of_a_hopeless_group_is_lower_but_not_zero():
+    sampler = AdaptiveSampler()
+    for name, rewards in (("hopeless", [0.0] * 4), ("frontier", [0.0, 1.0, 0.0, 1.0])):
+        sampler.add(name, "a", "debug", rewards, 0.0)
+    assert 0.1 < sampler.score("hopeless") < sampler.score("frontier")
+
+
+def test_an_operators_level_follows_its_groups():
+    sampler = roots("a")
+    sampler.update("a/draft", [1.0, 1.0])
+    mean, var = sampler.prior("draft")
+    assert mean == pytest.approx(0.25 + 0.1 * 0.75) and var == pytest.approx(0.9 * 3 / 16)
+    assert sampler.prior("debug") == (0.25, 3 / 16)
+
+
+def test_recency_weighted_mean_and_std():
+    sampler = roots("a", prior_strength=4, decay=0.5)
+    sampler.update("a/draft", [0, 1, 0, 1])  # evidence 4 + 4
+    first = sampler.statistics("a/draft")
+    assert first == approx(mean=0.375, std=(7 / 32) ** 0.5, visits=1)
+    assert sampler.score("a/draft") == pytest.approx((7 / 32) ** 0.5 * 0.625, abs=1e-6)
+    sampler.update("a/draft", [1, 1, 1, 1])  # evidence 8 / 2 + 4: the new group counts half
+    assert sampler.statistics("a/draft") == approx(
+        mean=(0.375 + 1) / 2, std=(7 / 64) ** 0.5, visits=2)
+
+
+def test_spread_between_groups_is_no_spread():
+    sampler = roots("a", prior_strength=0)
+    sampler.update("a/draft", [0.0] * 4)
+    sampler.update("a/draft", [1.0] * 4)
+    assert sampler.statistics("a/draft") == approx(mean=2 / 3, std=0.0, visits=2)
+
+
+def test_a_hopeless_task_fades_by_and_by():
+    sampler = roots("a")
+    scores = [sampler.score("a/draft")]
+    for _ in range(4):
+        sampler.update("a/draft", [0.0] * 16)
+        scores.append(sampler.score("a/draft"))
+    assert all(later < earlier for earlier, later in zip(scores, scores[1:], strict=False))
+    assert scores[4] > 0
+
+
+# ---- probabilities
+
+
+def with_scores(sampler, **groups):
+    """Make mean and spread exactly those of the group given for each task."""
+    for name, rewards in groups.items():
+        sampler.update(f"{name}/draft", rewards)
+    return sampler
+
+
+def test_probabilities_by_hand():
+    sampler = roots(prior_strength=0, epsilon=0.3)
+    with_scores(sampler, a=[0, 1], b=[0, 0, 0, 1], c=[1, 1])
+    lp_a, lp_b = 0.5 * 0.5, 0.1875**0.5 * 0.75
+    assert sampler.probabilities() == pytest.approx({
+        "a/draft": 0.7 * lp_a / (lp_a + lp_b) + 0.1, "b/draft": 0.7 * lp_b / (lp_a + lp_b) + 0.1,
+        "c/draft": 0.1}, abs=1e-6)
+
+
+def test_tau_sharpens():
+    sampler = roots(prior_strength=0, epsilon=0, tau=0.5)
+    with_scores(sampler, a=[0, 1], b=[0, 0, 0, 1], c=[1, 1])
+    a, b = 0.25**2, 0.1875 * 0.75**2
+    assert sampler.probabilities()["a/draft"] == pytest.approx(a / (a + b), abs=1e-6)
+    assert sampler.score("a/draft") == pytest.approx(0.25)  # the potential itself, not its power
+
+
+def test_many_children_do_not_drown_the_roots():
+    def share(**options):
+        sampler = roots("ab", epsilon=0.1, **options)
+        for i in range(200):
+            sampler.add(f"a/debug/{i}", "a", "debug", [0.25 - 3**0.5 / 4, 0.25 + 3**0.5 / 4], 0.0)
+        assert sampler.score("a/debug/0") == pytest.approx(sampler.score("a/draft"))
+        p = sampler.probabilities()
+        return p["a/draft"], p["b/draft"]
+
+    # equal potentials: each operator has half of the 0.9; the floor gives a competition 0.05
+    assert share() == pytest.approx((0.9 / 4 + 0.05 / 2, 0.9 / 4 + 0.05), abs=1e-6)
+    assert share(balance_operators=False) == pytest.approx(
+        (0.9 / 202 + 0.05 / 2, 0.9 / 202 + 0.05), abs=1e-6)
+
+
+def test_the_uniform_ablation_is_uniform_over_tasks():
+    sampler = roots("ab", kind="uniform", cooldown=9)
+    for i in range(3):
+        sampler.add(f"a/debug/{i}", "a", "debug", [0.0], 0.0)
+    (task,) = sampler.draw()
+    sampler.update(task, [1.0, 1.0])
+    assert list(sampler.probabilities().values()) == pytest.approx([0.2] * 5)
+
+
+def test_cooling_and_ageing():
+    sampler = roots("ab", cooldown=4, epsilon=1.0)
+    assert set(sampler.draw(2)) == {"a/draft", "b/draft"}
+    sampler.update("a/draft", [0, 1])
+    sampler.add("c/draft", "c", "draft")
+    # a was just visited: cool 1/5; b is in flight; c was never visited: cool 1
+    assert sampler.probabilities() == pytest.approx(
+        {"a/draft": 1 / 6, "b/draft": 0.0, "c/draft": 5 / 6})
+    sampler.draws += 2  # two draws later: cool 3/5
+    assert sampler.probabilities()["a/draft"] == pytest.approx(3 / 8)
+    sampler.draws += 99
+    assert sampler.probabilities()["a/draft"] == pytest.approx(1 / 2)
+
+
+def test_draws_match_the_probabilities(monkeypatch):
+    """Both ways of drawing: proposals refused by cooling, and all probabilities in full."""
+    for proposals in (module.PROPOSALS, 0):
+        monkeypatch.setattr(module, "PROPOSALS", proposals)
+        sampler = roots("abc", cooldown=4, epsilon=0.2, seed=1)
+        for i in range(5):
+            sampler.add(f"a/debug/{i}", "a", "debug", [0.0, 0.2 * i], 0.0)
+        for task in sampler.draw(6):
+            sampler.update(task, [0.0, 0.5, 1.0])
+        (busy,) = sampler.draw()
+        expected = sampler.probabilities()
+        last = sampler.table["last"].copy()
+        counts, n = Counter(), 6000
+        for _ in range(n):
+            (task,) = sampler.draw()
+            counts[task] += 1
+            del sampler.in_flight[task]
+            sampler.draws -= 1
+            sampler.table["last"][:] = last
+        assert counts[busy] == 0
+        for task, p in expected.items():  # five standard errors
+            assert abs(counts[task] / n - p) <= 5 * (p * (1 - p) / n) ** 0.5 + 1e-9
+
+
+# ---- drawing
+
+
+def test_draws_are_without_replacement_and_end_when_all_are_in_flight():
+    sampler = roots("abcde")
+    first = sampler.draw(3)
+    second = sampler.draw(9)
+    assert sorted(first + second) == [f"{c}/draft" for c in "abcde"]
+    assert sampler.draw() == [] and sampler.probabilities() == {}
+    assert list(sampler.in_flight) == first + second
+    sampler.update(first[0], [0.0, 1.0])
+    assert sampler.draw(2) == [first[0]]
+
+
+def test_tasks_without_potential_are_drawn_when_nothing_else_is_left():
+    sampler = roots("ab", prior_strength=0, epsilon=0)
+    with_scores(sampler, a=[1, 1], b=[0, 1])
+    assert sampler.draw(2) == ["b/draft", "a/draft"]
+    for task in ("a/draft", "b/draft"):
+        sampler.update(task, [1, 1])
+        sampler.update(task, [1, 1])
+    assert sorted(sampler.draw(2)) == ["a/draft", "b/draft"]
+
+
+def test_release_undoes_a_draw():
+    sampler = roots("ab", cooldown=5)
+    sampler.draw(2)
+    sampler.update("a/draft", [0, 1])
+    before = sampler.table["last"][:2].copy()
+    (task,) = sampler.draw()
+    sampler.release(task)
+    sampler.release(task)
+    assert task == "a/draft" and list(sampler.in_flight) == ["b/draft"]
+    assert (sampler.table["last"][:2] == before).all()
+
+
+def test_unknown_ids_are_errors_and_groups_of_removed_tasks_are_counted():
+    sampler = roots("ab")
+    sampler.draw(2)
+    sampler.remove("a/draft")
+    assert "a/draft" not in sampler and "b/draft" in sampler and len(sampler) == 1
+    sampler.update("a/draft", [0, 1])
+    assert sampler.late == 1
+    for call in (lambda: sampler.update("a/draft", [0, 1]), lambda: sampler.score("x"),
+                 lambda: sampler.remove("x")):
+        with pytest.raises(KeyError, match="no task"):
+            call()
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda s: s.add("a/draft", "a", "draft"), "already"),
+    (lambda s: s.add("x", "a", "crossover"), "unknown operator"),
+    (lambda s: s.update("a/draft", []), "finite"),
+    (lambda s: s.update("a/draft", [0.0, float("nan")]), "finite"),
+    (lambda s: AdaptiveSampler(tau=0), "out of range"),
+    (lambda s: s.load_state_dict(AdaptiveSampler(operators=("draft",)).state_dict()), "operators")])
+def test_bad_arguments(call, message):
+    sampler = roots("a")
+    before = sampler.state_dict()
+    with pytest.raises(ValueError, match=message):
+        call(sampler)
+    assert sampler.state_dict() == before
+
+
+def test_metrics():
+    sampler = roots(prior_strength=0)
+    with_scores(sampler, a=[0, 1], b=[0, 0], c=[1, 1])
+    assert sampler.metrics() == approx(lp_mean=0.25 / 3, lp_max=0.25)
+    assert AdaptiveSampler().metrics() == approx(lp_mean=0, lp_max=0)
+
+
+def test_nobody_starves():
+    """A task that never had a success is still drawn about as often as the floor says."""
+    sampler = roots("abcdef", prior_strength=0, epsilon=0.1, cooldown=8)
+    counts = Counter()
+    for _ in range(400):
+        for task in sampler.draw(4):
+            counts[task] += 1
+            sampler.update(task, [0.0, 0.0] if task == "f/draft" else [0.0, 1.0])
+    assert counts["f/draft"] >= 0.5 * 1600 * 0.1 / 6
+    assert counts["f/draft"] < counts["a/draft"] / 3
+
+
+def test_three_thousand_tasks_come_and_go():
+    """More than one block and several growths of the tables; then everything is taken out."""
+    sampler = AdaptiveSampler(seed=3)
+    ids = [f"c{i % 7}/improve/{i}" for i in range(3_000)]
+    for i, task in enumerate(ids):
+        sampler.add(task, f"c{i % 7}", "improve", [0.0, i / 3_000], 0.0)
+    consistent(sampler)
+    assert len(set(sampler.draw(64))) == 64
+    for task in ids[::2] + ids[1::2][::-1]:
+        sampler.remove(task)
+    consistent(sampler)
+    assert len(sampler) == 0 and not sampler.sums.any() and sampler.draw() == []
+
+
+# ---- snapshot
+
+
+def test_a_restored_sampler_goes_on_as_if_nothing_had_happened():
+    def go_on(sampler, steps):
+        drawn = []
+        for step in range(steps):
+            batch = sampler.draw(3)
+            drawn.append(batch)
+            for task in batch[:2]:
+                sampler.update(task, [0.0, (len(task) % 5) / 5, 1.0])
+                name = f"{task}+"
+                if name not in sampler and step % 2:
+                    sampler.add(name, task[0], "debug", [0.0, 1.0], 0.0)
+            for task in batch[2:]:
+                if task.endswith("+"):
+                    sampler.remove(task)
+                    sampler.update(task, [0.0])
+                else:
+                    sampler.release(task)
+        return drawn
+
+    sampler = roots("abcdef", cooldown=6, seed=5)
+    go_on(sampler, 20)
+    sampler.draw(2)
+    copy = restored(sampler, cooldown=6)
+    assert copy.state_dict() == sampler.state_dict() and list(copy.in_flight) == list(
+        sampler.in_flight)
+    assert go_on(copy, 20) == go_on(sampler, 20)
+
+
+def test_a_snapshot_loads_into_another_kind():
+    copy = restored(with_scores(roots(prior_strength=0), a=[0, 1]), kind="regret")
+    assert copy.score("a/draft") == pytest.approx(0.5)
+
+
+# ---- properties
+
+
+def consistent(sampler):
+    """The incremental structures say what a computation from scratch says."""
+    table = sampler.table[:len(sampler)]
+    for row, task in enumerate(sampler.ids):
+        assert sampler.rows.find(task) == row
+        members = sampler.members[table["competition"][row]][table["operator"][row]]
+        assert members[table["place"][row]] == row
+    assert sampler.counts.sum() == len(sampler)
+    for operator in range(len(sampler.operators)):
+        weights = table["weight"][table["operator"] == operator].astype(float)
+        assert sampler.sums[0, operator].sum() == pytest.approx(weights.sum())
+        assert sampler.sums[1, operator].sum() == pytest.approx((weights**2).sum())
+        assert sampler.counts[:, operator].sum() == len(weights)
+
+
+actions = st.lists(st.tuples(
+    st.sampled_from(["add", "add", "draw", "update", "remove", "release"]),
+    st.integers(0, 99), st.lists(st.sampled_from([0.0, 0.05, 0.5, 1.0]), min_size=1, max_size=4)),
+    max_size=40)
+
+
+@settings(max_examples=80, deadline=None)
+@given(actions=actions, kind=st.sampled_from(module.KINDS), epsilon=st.sampled_from([0.0, 0.1, 1.0]),
+       cooldown=st.integers(0, 9), balance=st.booleans(), seed=st.integers(0, 9))
+def test_properties_of_any_history(actions, kind, epsilon, cooldown, balance, seed):
+    options = dict(kind=kind, epsilon=epsilon, cooldown=cooldown, balance_operators=balance)
+    sampler = AdaptiveSampler(seed=seed, **options)
+    known, flying = {}, set()
+    for number, (action, pick, rewards) in enumerate(actions):
+        task = list(known)[pick % len(known)] if known else None
+        if action == "add":
+            name = f"task{number}"
+            known[name] = (f"c{pick % 3}", module.OPERATORS[pick % 3])
+            sampler.add(name, *known[name], rewards, rewards[0])
+        elif action == "draw":
+            drawn = sampler.draw(pick % 4)
+            assert len(drawn) == len(set(drawn)) == min(pick % 4, len(known) - len(flying))
+            assert not flying & set(drawn) and set(drawn) <= known.keys()
+            flying |= set(drawn)
+        elif task and action == "update":
+            sampler.update(task, rewards)
+            flying.discard(task)
+        elif task and action == "remove":
+            sampler.remove(task)
+            if task in flying:
+                sampler.update(task, rewards)  # late: ignored
+            known.pop(task)
+            flying.discard(task)
+        elif task and action == "release":
+            sampler.release(task)
+            flying.discard(task)
+        assert set(sampler.ids) == known.keys() and set(sampler.in_flight) == flying
+    consistent(sampler)
+    p = sampler.probabilities()
+    if len(flying) < len(known):
+        assert sum(p.values()) == pytest.approx(1)
+        assert all(p[task] == 0 for task in flying)
+        if epsilon > 0 or kind == "uniform":  # no starvation
+            assert all(p[task] > 0 for task in known if task not in flying)
+    copy = restored(sampler, **options)
+    assert copy.state_dict() == sampler.state_dict()
+    assert copy.draw(3) == sampler.draw(3)
