@@ -67,7 +67,7 @@ class Trace:
     parent_id: str | None = None  # id of the trace that its task starts from
     prompt_ids: np.ndarray = _empty(np.int32)  # (P,)
     response_ids: np.ndarray = _empty(np.int32)  # (T,)
-    logprobs: np.ndarray = _empty(np.float32)  # (T,) behaviour policy's, as the engine recorded them
+    logprobs: np.ndarray = _empty(np.float32)  # (T,) the behaviour policy's, from the engine
     policy_version: int = 0  # of the oldest token
     finish_reason: str = "stop"  # stop | length
     code: str = ""  # "" when the response holds none
@@ -196,7 +196,7 @@ class Group:
                               "traces": [Trace.from_json(t) for t in data["traces"]]}))
 
 
-# ------------------------------------------------------------------------- which traces become tasks
+# ---------------------------------------------------------------------- which traces become tasks
 
 
 def error_type(trace: Trace) -> str:
@@ -364,7 +364,7 @@ class EvolvingBuffer:
         if len(parents) > room:
             evictable = [task.id for task in self.tasks.values()
                          if task.depth > 0 and task.id not in protected]
-            # Scoring every task is what costs, so a large buffer makes room for some groups at once.
+            # Scoring every task is what costs: a large buffer makes room for some groups at once.
             count = max(len(parents) - room, self.capacity // 64)
             evicted = (heapq.nsmallest(count, evictable, key=score) if score
                        else evictable[:count])
@@ -561,7 +561,7 @@ def _parse(line: bytes, path) -> dict[str, Any]:
 
 
 def _last_line(file, block: int = 1 << 16) -> tuple[int, bytes]:
-    """Where the last complete line of a binary file ends, and that line (b"" when there is none)."""
+    """Where a binary file's last complete line ends, and that line (b"" when there is none)."""
     end = file.seek(0, os.SEEK_END)
     tail, start = b"", end
     while start > 0 and tail.count(b"\n") < 2:

@@ -552,7 +552,7 @@ def main() -> None:
     show(sampler)
 
     print("\nA failed draft of `frontier` opens a debug task. Its prior: mean (0.25 + 0.5)/2 ...")
-    print("  variance (3/16 + 1/4)/2. It is fully awake (cool 1), the others were just visited (1/5):")
+    print("  variance (3/16 + 1/4)/2. It is awake (cool 1), the others were just visited (1/5):")
     sampler.add("frontier/debug/a", "frontier", "debug", prior_rewards=[0, 1, 0, 1],
                 parent_reward=0.0)
     show(sampler)

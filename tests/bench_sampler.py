@@ -71,7 +71,8 @@ def main() -> None:
     for name, values, unit in (("draw", draw_ms, f"ms a batch of {args.batch}"),
                                ("update", update_us, "us a task"),
                                ("remove + add", churn_us, "us a task")):
-        print(f"{name + ':':7} mean {np.mean(values):.2f}, p99 {np.quantile(values, 0.99):.2f} {unit}")
+        high = np.quantile(values, 0.99)
+        print(f"{name + ':':7} mean {np.mean(values):.2f}, p99 {high:.2f} {unit}")
     start = time.perf_counter()
     sampler.metrics()
     print(f"metrics: {(time.perf_counter() - start) * 1e3:.1f} ms, "

@@ -69,8 +69,8 @@ def test_scores_that_are_not_finite_become_null(root):
 
 
 def test_group_reports_its_oldest_version_and_survives_json(root):
-    group = Group(root, [trace(root, "a", 0.5, policy_version=4), trace(root, "b", policy_version=3)],
-                  epoch=2, handout_version=4)
+    traces = [trace(root, "a", 0.5, policy_version=4), trace(root, "b", policy_version=3)]
+    group = Group(root, traces, epoch=2, handout_version=4)
     assert group.policy_version == 3
     assert group.rewards.dtype == np.float32 and group.rewards.tolist() == [0.5, 0.0]
     copy = Group.from_json(json.loads(json.dumps(group.to_json())))
@@ -232,7 +232,8 @@ def test_groups_that_do_not_belong_are_refused(buffer, root):
 
 def test_statistics_by_operator_and_competition(buffer, root):
     wine = buffer.tasks["wine/draft"]
-    (good, bad), _ = buffer.add(Group(root, [trace(root, "a", 0.5, medal="gold"), trace(root, "b")]))
+    (_, bad), _ = buffer.add(
+        Group(root, [trace(root, "a", 0.5, medal="gold"), trace(root, "b")]))
     buffer.add(Group(bad, [trace(bad, "c", 0.3)]))
     buffer.add(Group(wine, [trace(wine, "d")]))
     found = buffer.statistics()

@@ -363,8 +363,8 @@ actions = st.lists(st.tuples(
 
 
 @settings(max_examples=80, deadline=None)
-@given(actions=actions, kind=st.sampled_from(module.KINDS), epsilon=st.sampled_from([0.0, 0.1, 1.0]),
-       cooldown=st.integers(0, 9), balance=st.booleans(), seed=st.integers(0, 9))
+@given(actions=actions, kind=st.sampled_from(module.KINDS),
+       epsilon=st.sampled_from([0.0, 0.1, 1.0]), cooldown=st.integers(0, 9), balance=st.booleans(), seed=st.integers(0, 9))
 def test_properties_of_any_history(actions, kind, epsilon, cooldown, balance, seed):
     options = dict(kind=kind, epsilon=epsilon, cooldown=cooldown, balance_operators=balance)
     sampler = AdaptiveSampler(seed=seed, **options)
