@@ -254,12 +254,12 @@ def select_parents(traces: Iterable[Trace], count: int) -> list[Trace]:
 
 
 class Change(NamedTuple):
-    """What one group did to the buffer: enough to bring a sampler along when a log is replayed."""
+    """What one record of the log did: enough to bring a sampler along when a log is replayed."""
 
     sequence: int
-    epoch: int
+    epoch: int | None  # of the group; None when the record only takes a task out
     task_id: str
-    rewards: np.ndarray  # (G,)
+    rewards: np.ndarray  # (G,); empty when the record only takes a task out
     admitted: list[Task]
     evicted: list[str]
 
@@ -306,7 +306,7 @@ class EvolvingBuffer:
         for competition_id in self.competition_ids:
             root = Task.root(competition_id)
             self.tasks[root.id] = root
-        self.sequence = 0  # groups added since the run began
+        self.sequence = 0  # changes since the run began: groups added and tasks taken out
         self._totals: dict[tuple[str, str], dict[str, float]] = {}  # by (competition, operator)
         self._log = None
         self._replay_from = 0  # bytes of the log that the loaded snapshot covers
@@ -341,6 +341,18 @@ class EvolvingBuffer:
         self._append(record)
         change = self._apply(record)
         return change.admitted, change.evicted
+
+    def remove(self, task_id: str) -> None:
+        """Take out a task that cannot be used (its prompt is longer than the context).
+
+        It goes through the log like everything else; replay reports it as a change without rewards.
+        Raises ValueError for a root, KeyError for a task that the buffer does not hold.
+        """
+        if self.tasks[task_id].depth == 0:
+            raise ValueError(f"{task_id} is a root: roots never leave")
+        record = {"sequence": self.sequence + 1, "removed": task_id}
+        self._append(record)
+        self._apply(record)
 
     def _decide(self, group: Group, score, protected) -> dict[str, Any]:
         """What this group changes, as the record that the log keeps. Changes nothing itself."""
@@ -390,6 +402,11 @@ class EvolvingBuffer:
 
     def _apply(self, record: dict[str, Any]) -> Change:
         """Bring a decision into effect: the only place where tasks and counters change."""
+        self.sequence = record["sequence"]
+        if "removed" in record:
+            gone = self.tasks.pop(record["removed"])
+            self._count(gone.competition_id, gone.operator, evicted=1)
+            return Change(self.sequence, None, gone.id, np.zeros(0, np.float32), [], [gone.id])
         task = Task.from_json(record["task"])
         traces = [Trace.from_json(data) for data in record["traces"]]
         admitted = [task.child(traces[position]) for position in record["admitted"]]
@@ -403,7 +420,6 @@ class EvolvingBuffer:
             task.competition_id, task.operator, groups=1, traces=len(traces),
             valid=sum(t.valid for t in traces), medals=sum(t.medal != "none" for t in traces),
             reward=math.fsum(t.reward for t in traces), merged=record["merged"])
-        self.sequence = record["sequence"]
         rewards = np.array([t.reward for t in traces], np.float32)
         return Change(record["sequence"], record["epoch"], task.id, rewards, admitted,
                       list(record["evicted"]))
@@ -484,7 +500,7 @@ class EvolvingBuffer:
         self._replay_from = state["log_bytes"]
 
     def replay(self, path: str | os.PathLike | None = None) -> list[Change]:
-        """Apply the groups of the log (default: this buffer's own) that came after this state.
+        """Apply the changes in the log (default: this buffer's own) that came after this state.
 
         A torn last line, what a kill in the middle of a write leaves, is ignored. Scores are not
         needed: the log holds what was evicted.
@@ -509,7 +525,7 @@ class EvolvingBuffer:
                 if record["sequence"] <= self.sequence and not changes:
                     continue  # the snapshot has it
                 if record["sequence"] != self.sequence + 1:
-                    raise ValueError(f"{path}: group {record['sequence']} follows "
+                    raise ValueError(f"{path}: change {record['sequence']} follows "
                                      f"{self.sequence}; the log is of another run or incomplete")
                 changes.append(self._apply(record))
         return changes
@@ -537,7 +553,7 @@ class EvolvingBuffer:
             end, last = _last_line(log)
             found = _parse(last, self.log_path)["sequence"] if last else 0
             if found != self.sequence:
-                raise ValueError(f"{self.log_path} holds {found} groups, this buffer "
+                raise ValueError(f"{self.log_path} holds {found} changes, this buffer "
                                  f"{self.sequence}: replay() it or name another log")
             log.truncate(end)
             log.seek(end)

@@ -230,6 +230,22 @@ def test_groups_that_do_not_belong_are_refused(buffer, root):
     assert buffer.sequence == 0
 
 
+def test_a_removed_task_is_gone_after_replay_too(tmp_path, root):
+    buffer = logged(tmp_path)
+    buffer.add(Group(root, [trace(root, "a")]))
+    state = buffer.state_dict()
+    buffer.remove("iris/debug/a")
+    buffer.add(Group(root, [trace(root, "a")]))  # the same script again opens the task again
+    resumed = logged(tmp_path)
+    resumed.load_state_dict(state)
+    removed, added = resumed.replay()
+    assert (removed.evicted, removed.rewards.size) == (["iris/debug/a"], 0)
+    assert [t.id for t in added.admitted] == ["iris/debug/a"]
+    assert snapshot(resumed) == snapshot(buffer)
+    with pytest.raises(ValueError, match="roots never leave"):
+        buffer.remove("iris/draft")
+
+
 def test_statistics_by_operator_and_competition(buffer, root):
     wine = buffer.tasks["wine/draft"]
     (_, bad), _ = buffer.add(
@@ -299,11 +315,11 @@ def test_a_damaged_line_a_gap_and_a_log_not_replayed_are_errors(tmp_path, root):
     buffer = logged(tmp_path)
     for key in "abc":
         buffer.add(Group(root, [trace(root, key)]))
-    with pytest.raises(ValueError, match="holds 3 groups, this buffer 0: replay"):
+    with pytest.raises(ValueError, match="holds 3 changes, this buffer 0: replay"):
         logged(tmp_path).add(Group(root, [trace(root, "d")]))
     first, second, third = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(first + third)
-    with pytest.raises(ValueError, match="group 3 follows 1"):
+    with pytest.raises(ValueError, match="change 3 follows 1"):
         logged(tmp_path).replay()
     path.write_bytes(first + second[:50] + b"\n" + third)
     with pytest.raises(ValueError, match="damaged line"):
