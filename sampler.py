@@ -40,7 +40,7 @@ refused again and again; the probabilities are then computed in full, which is c
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -66,8 +66,8 @@ def learnability_potential(mean, std, kind: str = "lp") -> np.ndarray:
     >>> learnability_potential([0.0, 0.25, 1.0], 0.0, "regret").tolist()
     [0.0, 0.75, 0.0]
     """
-    mean, std = np.broadcast_arrays(np.asarray(mean, float), np.asarray(std, float))
-    headroom = np.clip(1.0 - mean, 0.0, 1.0)
+    mean, std = np.asarray(mean, float), np.asarray(std, float)
+    headroom = np.maximum(1.0 - mean, 0.0)
     if kind == "lp":
         return std * headroom
     if kind == "variance":
@@ -157,7 +157,7 @@ class AdaptiveSampler:
     # ---- the tasks
 
     def add(self, task_id: str, competition_id: str, operator: str,
-            prior_rewards: Iterable[float] | None = None,
+            prior_rewards: Sequence[float] | None = None,
             parent_reward: float | None = None) -> None:
         """Make a task drawable.
 
@@ -187,7 +187,7 @@ class AdaptiveSampler:
         self._place(row, competition, self.operators.index(operator))
         self._write(row, mean, var, self.prior_strength, visits=0, last=NEVER)
 
-    def prior(self, operator: str, rewards: Iterable[float] | None = None,
+    def prior(self, operator: str, rewards: Sequence[float] | None = None,
               parent_reward: float | None = None) -> tuple[float, float]:
         """Mean and variance assumed of a task before its first visit.
 
@@ -208,11 +208,12 @@ class AdaptiveSampler:
         (0.3125, 0.1640625)
         """
         mean, var = self.level[operator]
-        rewards = np.array([] if rewards is None else list(rewards), float)
+        rewards = np.asarray([] if rewards is None else rewards, float)
         if rewards.size:
-            var = (var + float(rewards.var())) / 2
+            group_mean, group_var = _moments(rewards)
+            var = (var + group_var) / 2
             if operator == "debug":
-                mean = (mean + float(rewards.mean())) / 2
+                mean = (mean + group_mean) / 2
             elif operator != "draft":
                 mean = float(rewards.max() if parent_reward is None else parent_reward)
         return mean, var
@@ -244,14 +245,14 @@ class AdaptiveSampler:
 
     # ---- what a group teaches
 
-    def update(self, task_id: str, rewards: Iterable[float]) -> None:
+    def update(self, task_id: str, rewards: Sequence[float]) -> None:
         """Take in the rewards of a finished group; the task is no longer in flight.
 
         The group of a task removed while in flight is ignored and counted in `late`.
         Raises KeyError for any other unknown id, ValueError for no or non-finite rewards.
         """
         rewards = np.asarray(rewards, float)
-        if rewards.size == 0 or not np.isfinite(rewards).all():
+        if rewards.size == 0 or not np.isfinite(rewards.sum()):
             raise ValueError(f"rewards of {task_id} have to be finite numbers: {rewards}")
         if task_id in self._removed_in_flight and task_id not in self:
             self._removed_in_flight.discard(task_id)
@@ -259,7 +260,7 @@ class AdaptiveSampler:
             return
         row = self._row(task_id)
         self.in_flight.pop(task_id, None)
-        mean, var = float(rewards.mean()), float(rewards.var())
+        mean, var = _moments(rewards)
 
         level = self.level[self.operators[self.table["operator"][row]]]
         level[0] += OPERATOR_RATE * (mean - level[0])
@@ -472,6 +473,13 @@ class AdaptiveSampler:
 
 
 OPERATOR_RATE = 0.1  # weight of a group in its operator's running level: about the last ten count
+
+
+def _moments(rewards: np.ndarray) -> tuple[float, float]:
+    """Mean and variance (ddof 0), much faster than numpy's own for a few numbers."""
+    mean = float(rewards.sum()) / rewards.size
+    deviation = rewards - mean
+    return mean, float(deviation @ deviation) / rewards.size
 
 
 def _search(cumulative: np.ndarray, value: float) -> int:
