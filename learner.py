@@ -1,0 +1,827 @@
+"""The learner: from sampled sequences to one optimizer step, and to weights that an engine loads.
+
+This is AceGRPO's training side [paper, arXiv 2602.07906: an asynchronous learner that consumes
+groups of traces]. It takes arrays and knows no task, group or queue. One call of `Learner.step`
+is one GRPO step: pack the sequences, compute token log-probabilities, the loss of `grpo.py`, its
+gradient, one AdamW update. It runs in one process, or on the ranks of a process group, where
+FSDP2 shards parameters, gradients and optimizer state.
+
+What is ours [ours, all of it: the paper names no trainer]:
+1. Packing without padding. Sequences stand one after another in one row; attention runs within
+   each (block-causal), position ids restart, so that a packed sequence computes what it would
+   compute alone.
+2. A prompt is computed once. The G traces of a group continue the same prompt: its tokens enter
+   the row once and every response attends to them. The gradient is the same sum, for
+   P + G * T instead of G * (P + T) tokens.
+3. The last token of a sequence is never an input (nothing is predicted from it), and only hidden
+   states that predict a response token meet the output head.
+4. Losses are sums over micro-batches and ranks, divided by one global count (grpo.py, note 2);
+   every metric is a mean over the whole batch, the same number on every rank.
+5. One optimizer step a batch. The trainer's log-probabilities at the start of the step, which
+   truncated importance sampling needs, are therefore those of the very forward pass that has the
+   gradient: no extra pass.
+6. A loss or gradient that is not finite skips the step: parameters, optimizer and `version` stay.
+
+Run it alone: `python learner.py MODEL_DIR` takes three steps on made-up sequences, and prints
+the metrics and tokens per second.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers.core_model_loading import revert_weight_conversion
+
+import grpo
+
+ATTENTION = "block_causal"
+SHARD_BYTES = 4 << 30  # a published file holds at most about this much
+WEIGHT_FILES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth")
+
+
+@dataclass
+class Sequence:
+    """One sampled response and what the loss needs to know of it."""
+
+    tokens: np.ndarray  # (P + T,) int32, prompt and response, the sampled stop token included
+    prompt_length: int  # P
+    behavior_logprobs: np.ndarray  # (T,) float32, as the engine recorded them
+    advantage: float
+
+
+@dataclass
+class LearnerConfig:
+    """How the learner learns. Lengths in tokens, coefficients per nat."""
+
+    learning_rate: float = 2e-4
+    warmup_steps: int = 0  # linear warm-up from 0
+    decay_steps: int = 0  # step at which linear decay reaches 0; 0: constant after the warm-up
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0  # matrices only: norms and biases are not decayed
+    max_grad_norm: float = 1.0
+    loss: str = "dr_grpo"  # grpo | dr_grpo | dapo | gspo | cispo
+    clip_low: float = 0.2
+    clip_high: float = 0.28  # above clip_low (clip-higher): rare good tokens may grow faster
+    tis_cap: float | None = None  # truncated importance sampling: largest weight of a token
+    kl_coef: float = 0.0  # above 0 a frozen copy of the first policy is held as the reference
+    kl_kind: str = "k3"  # k2 | k3; as a loss, k1 is noise: its gradient is 0 in expectation
+    entropy_coef: float = 0.0
+    temperature: float = 1.0  # that of the sampling
+    token_budget: int = 4096  # tokens of a micro-batch
+    max_response_tokens: int = 0  # the sampling limit, dr_grpo's fixed length
+    dtype: str = "float32"  # of the computation; masters and optimizer are always float32
+    share_prompts: bool = True  # compute a group's prompt once
+    activation_checkpointing: bool = False
+    cpu_offload: bool = False  # parameters and optimizer in host memory between their uses
+    compile: bool = False  # torch.compile of every decoder layer
+
+    def __post_init__(self) -> None:
+        if self.loss not in grpo.LOSSES:
+            raise ValueError(f"loss {self.loss!r}: choose one of {', '.join(grpo.LOSSES)}")
+        if self.loss == "dr_grpo" and self.max_response_tokens < 1:
+            raise ValueError("loss dr_grpo divides by max_response_tokens: set the sampling limit")
+        if self.kl_kind not in ("k2", "k3"):
+            raise ValueError(f"kl_kind {self.kl_kind!r}: choose k2 or k3 (k1's gradient is noise)")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype {self.dtype!r}: choose float32 or bfloat16")
+
+    def learning_rate_at(self, version: int) -> float:
+        """The rate of the step that follows `version` steps.
+
+        >>> config = LearnerConfig(learning_rate=1.0, warmup_steps=2, decay_steps=4, loss="dapo")
+        >>> [config.learning_rate_at(version) for version in range(5)]
+        [0.5, 1.0, 0.5, 0.25, 0.0]
+        """
+        rate = self.learning_rate
+        if version < self.warmup_steps:
+            rate *= (version + 1) / self.warmup_steps
+        elif self.decay_steps:
+            rate *= max(self.decay_steps - version, 0) / self.decay_steps
+        return rate
+
+
+# ---------------------------------------------------------------------------------- packing
+
+
+def pack(
+    sequences: list[Sequence], token_budget: int, ranks: int = 1, share_prompts: bool = True
+) -> list[list[int]]:
+    """Cut a batch into micro-batches of at most `token_budget` tokens.
+
+    Sequences of equal prompts stay together where the budget allows, so that their prompt is
+    computed once. First-fit-decreasing finds the number of micro-batches; they are then filled
+    evenly where that fits as well, because ranks wait for the slowest.
+
+    Args:
+        ranks: the number of micro-batches is a multiple of it: FSDP's collectives must match, so
+            every rank runs the same number. Rank r takes `result[r::ranks]`.
+
+    Returns:
+        indices into `sequences`, one list a micro-batch; an empty list is a dummy.
+
+    Raises:
+        ValueError: when one sequence is longer than the budget.
+    """
+    families: dict[bytes | int, list[int]] = {}
+    for i, sequence in enumerate(sequences):
+        prompt = np.ascontiguousarray(sequence.tokens[: sequence.prompt_length], dtype=np.int32)
+        families.setdefault(prompt.tobytes() if share_prompts else i, []).append(i)
+
+    def cost(members: list[int]) -> int:
+        prompt = sequences[members[0]].prompt_length
+        return prompt + sum(len(sequences[i].tokens) - sequences[i].prompt_length - 1
+                            for i in members)
+
+    longest = max(cost([i]) for i in range(len(sequences)))
+    if longest > token_budget:
+        raise ValueError(f"a sequence of {longest} tokens does not fit a micro-batch of "
+                         f"token_budget {token_budget}: raise the budget or shorten the context")
+    total = sum(cost(members) for members in families.values())
+    # A family much larger than a rank's share would leave the other ranks waiting.
+    limit = min(token_budget, max(longest, math.ceil(total / ranks)))
+    pieces: list[list[int]] = []
+    for members in families.values():
+        pieces.append([])
+        for i in members:
+            if pieces[-1] and cost(pieces[-1] + [i]) > limit:
+                pieces.append([])
+            pieces[-1].append(i)
+    pieces.sort(key=lambda members: (-cost(members), members[0]))
+
+    bins: list[list[int]] = []
+    loads: list[int] = []
+    for members in pieces:
+        fits = [b for b, load in enumerate(loads) if load + cost(members) <= token_budget]
+        if not fits:
+            bins.append([])
+            loads.append(0)
+            fits = [len(bins) - 1]
+        bins[fits[0]] += members
+        loads[fits[0]] += cost(members)
+    count = math.ceil(len(bins) / ranks) * ranks
+
+    even: list[list[int]] = [[] for _ in range(count)]
+    even_loads = [0] * count
+    for members in pieces:
+        emptiest = even_loads.index(min(even_loads))
+        even[emptiest] += members
+        even_loads[emptiest] += cost(members)
+    if max(even_loads) <= token_budget:
+        return even
+    return bins + [[] for _ in range(count - len(bins))]
+
+
+class Segments:
+    """Who may attend to whom in a packed row.
+
+    Segments follow one another and fill the row. A token attends to the tokens of its own segment
+    up to itself, and to the whole of its parent segment: the prompt that its response continues.
+
+    Args:
+        sizes: tokens of each segment.
+        parents: index of the segment that holds its prefix, or -1.
+    """
+
+    def __init__(self, sizes: list[int], parents: list[int], device: torch.device) -> None:
+        self.sizes, self.parents = sizes, parents
+        prefixes = [sizes[parent] if parent >= 0 else 0 for parent in parents]
+        self.spans = [prefix + size for prefix, size in zip(prefixes, sizes)]  # keys of a segment
+        self._masks: dict[tuple, Tensor] = {}
+        if device.type != "cuda":
+            return
+        starts = np.cumsum([0] + sizes)
+        keys = []  # the rows of K and V in the order in which the segments read them
+        for i, parent in enumerate(parents):
+            if parent >= 0:
+                keys.append(np.arange(starts[parent], starts[parent + 1]))
+            keys.append(np.arange(starts[i], starts[i + 1]))
+        index = torch.from_numpy(np.concatenate(keys)).to(device)  # (K,)
+        self.key_index = index if any(prefixes) else None  # (K,)
+        self.query_ends = torch.tensor(starts, dtype=torch.int32, device=device)  # (S + 1,)
+        self.key_ends = torch.tensor(np.cumsum([0] + self.spans), dtype=torch.int32,
+                                     device=device)  # (S + 1,)
+
+    def mask(self, window: int | None, like: Tensor) -> Tensor:
+        """(L, L) additive causal mask, L the longest span; made once for all layers."""
+        key = (window, like.dtype)
+        if key not in self._masks:
+            size = max(self.spans)
+            allowed = torch.ones(size, size, dtype=torch.bool, device=like.device).tril()  # (L, L)
+            if window is not None:
+                allowed = allowed.triu(1 - window)  # (L, L), the window counts itself
+            mask = torch.zeros(size, size, dtype=like.dtype, device=like.device)  # (L, L)
+            self._masks[key] = mask.masked_fill_(~allowed, float("-inf"))  # (L, L)
+        return self._masks[key]
+
+
+def block_causal_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    segments: Segments, scaling: float | None = None, sliding_window: int | None = None,
+    softcap: float | None = None, s_aux: Tensor | None = None, **_: object,
+) -> tuple[Tensor, None]:
+    """Attention within the segments of a packed row, registered with transformers.
+
+    On CUDA in half precision one variable-length FlashAttention call, elsewhere one exact
+    scaled_dot_product_attention a segment: linear in the row, quadratic in a sequence only.
+    Grouped-query attention and sliding windows are honoured. There is no dropout here: the ratio
+    compares the very function that sampled.
+
+    Args:
+        query: (1, heads, T, D); key, value: (1, kv heads, T, D).
+
+    Returns:
+        (1, T, heads, D) and None for the attention weights, as transformers expects.
+    """
+    if softcap is not None or s_aux is not None:
+        raise NotImplementedError(f"{type(module).__name__} needs soft-capped logits or attention "
+                                  "sinks, which block-causal attention does not compute")
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        return _varlen_attention(query, key, value, segments, scaling, sliding_window), None
+    gqa = query.shape[1] != key.shape[1]
+    # split, not slices: its backward is one concatenation, a slice's is a zero tensor of the row.
+    queries = query.split(segments.sizes, dim=2)  # (1, heads, t, D) each
+    keys = key.split(segments.sizes, dim=2)  # (1, kv heads, t, D) each
+    values = value.split(segments.sizes, dim=2)  # (1, kv heads, t, D) each
+    outputs = []
+    for i, (size, parent) in enumerate(zip(segments.sizes, segments.parents)):
+        k, v, span = keys[i], values[i], segments.spans[i]  # (1, kv heads, t, D)
+        if parent >= 0:
+            k = torch.cat((keys[parent], k), dim=2)  # (1, kv heads, span, D)
+            v = torch.cat((values[parent], v), dim=2)  # (1, kv heads, span, D)
+        window = sliding_window if sliding_window is not None and sliding_window < span else None
+        mask = None
+        if parent >= 0 or window is not None:
+            mask = segments.mask(window, query)[span - size : span, :span]  # (t, span)
+        out = F.scaled_dot_product_attention(
+            queries[i], k, v, attn_mask=mask, is_causal=mask is None, scale=scaling,
+            enable_gqa=gqa)  # (1, heads, t, D)
+        outputs.append(out.transpose(1, 2))  # (1, t, heads, D)
+    return torch.cat(outputs, dim=1), None  # (1, T, heads, D)
+
+
+def _varlen_attention(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float | None,
+    window: int | None,
+) -> Tensor:
+    """The same by one variable-length FlashAttention call; its causal mask is aligned to the last
+    key, so that a response sees its whole prompt. Returns (1, T, heads, D)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))  # (T, heads, D)
+    if segments.key_index is not None:
+        k = k.index_select(0, segments.key_index)  # (K, kv heads, D)
+        v = v.index_select(0, segments.key_index)  # (K, kv heads, D)
+    left = -1 if window is None else window - 1
+    out = varlen_attn(q, k, v, segments.query_ends, segments.key_ends, max(segments.sizes),
+                      max(segments.spans), scale=scaling, window_size=(left, 0),
+                      enable_gqa=q.shape[1] != k.shape[1])  # (T, heads, D)
+    return out[None]  # (1, T, heads, D)
+
+
+AttentionInterface.register(ATTENTION, block_causal_attention)
+
+
+@dataclass
+class MicroBatch:
+    """One packed row and what the loss needs of its N sequences. R response tokens in all."""
+
+    tokens: Tensor  # (1, T)
+    position_ids: Tensor  # (1, T), restarting
+    segments: Segments
+    predictors: Tensor  # (R,) where in the row the hidden state stands that predicts a token
+    targets: Tensor  # (R,) the response tokens
+    mask: Tensor  # (N, longest response)
+    behavior_logprobs: Tensor  # (N, longest response)
+    advantages: Tensor  # (N,)
+
+    @classmethod
+    def build(
+        cls, sequences: list[Sequence], device: torch.device, share_prompts: bool = True
+    ) -> MicroBatch:
+        """Lay sequences out in one row; no sequences make a dummy whose loss is 0."""
+        real = bool(sequences)
+        if not real:
+            sequences = [Sequence(np.zeros(2, np.int32), 1, np.zeros(1, np.float32), 0.0)]
+        parts, positions, sizes, parents, predictors = [], [], [], [], []
+        families: dict[bytes | int, tuple[int, int]] = {}  # prompt -> its segment, its end
+        shared = [s.tokens[: s.prompt_length].astype(np.int32).tobytes() for s in sequences]
+        end = 0
+        for sequence, prompt in zip(sequences, shared):
+            p, total = sequence.prompt_length, len(sequence.tokens)
+            if share_prompts and shared.count(prompt) > 1:
+                if prompt not in families:
+                    parts.append(sequence.tokens[:p])
+                    positions.append(np.arange(p))
+                    sizes.append(p)
+                    parents.append(-1)
+                    end += p
+                    families[prompt] = len(sizes) - 1, end
+                parent, prompt_end = families[prompt]
+                begin = p
+            else:
+                parent, prompt_end, begin = -1, end + p, 0
+            inputs = sequence.tokens[begin : total - 1]
+            response_start = end + (p - begin)  # of the response in the row
+            if len(inputs):  # a response of one token adds no input
+                parts.append(inputs)
+                positions.append(np.arange(begin, total - 1))
+                sizes.append(len(inputs))
+                parents.append(parent)
+                end += len(inputs)
+            predictors.append([prompt_end - 1])
+            predictors.append(np.arange(response_start, response_start + total - p - 1))
+        lengths = np.array([len(s.tokens) - s.prompt_length for s in sequences])
+        filled = np.arange(lengths.max())[None, :] < lengths[:, None]
+        behavior = np.zeros(filled.shape, np.float32)
+        behavior[filled] = np.concatenate([s.behavior_logprobs for s in sequences])
+
+        def move(array: np.ndarray, dtype: torch.dtype) -> Tensor:
+            return torch.as_tensor(array, dtype=dtype).to(device, non_blocking=True)
+
+        return cls(
+            tokens=move(np.concatenate(parts), torch.long)[None],  # (1, T)
+            position_ids=move(np.concatenate(positions), torch.long)[None],  # (1, T)
+            segments=Segments(sizes, parents, device),
+            predictors=move(np.concatenate(predictors), torch.long),  # (R,)
+            targets=move(np.concatenate([s.tokens[s.prompt_length :] for s in sequences]),
+                         torch.long),  # (R,)
+            mask=move(filled & real, torch.bool),  # (N, longest)
+            behavior_logprobs=move(behavior, torch.float32),  # (N, longest)
+            advantages=move(np.array([s.advantage for s in sequences]), torch.float32),  # (N,)
+        )
+
+    def unpack(self, values: Tensor) -> Tensor:
+        """(R,) values of the response tokens -> (N, longest response), zeros elsewhere."""
+        if not self.mask.any():  # the dummy keeps its graph, so that backward runs on every rank
+            return values[None] * 0  # (1, 1)
+        return values.new_zeros(self.mask.shape).masked_scatter(self.mask, values)  # (N, longest)
+
+
+# ------------------------------------------------------------------------------------ model
+
+
+class Policy(nn.Module):
+    """The causal language model with the output head's work inside `forward`.
+
+    FSDP gathers a module's parameters for its forward only; the head's weight outside would be
+    this rank's shard of it.
+    """
+
+    def __init__(self, model: nn.Module, temperature: float) -> None:
+        super().__init__()
+        self.model = model
+        self.temperature = temperature
+
+    def forward(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """Log-probabilities (R,) of the response tokens and the entropies (R,) there."""
+        hidden = self.model.base_model(
+            input_ids=batch.tokens, position_ids=batch.position_ids, segments=batch.segments,
+            use_cache=False,
+        ).last_hidden_state[0]  # (T, H)
+        hidden = hidden.index_select(0, batch.predictors)  # (R, H)
+        head = self.model.get_output_embeddings().weight  # (V, H)
+        return grpo.chunked_token_logprobs(hidden, head, batch.targets, self.temperature)
+
+
+def check_supported(config) -> None:
+    """Refuse, before any weight is read, what packing would compute wrongly in silence."""
+    name = config.model_type
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if not kinds <= {"full_attention", "sliding_attention"}:
+        raise NotImplementedError(
+            f"{name} has layers of type {sorted(kinds)}: a recurrent or chunked layer would carry "
+            "state from one packed sequence into the next")
+    for option in ("attn_logit_softcapping", "final_logit_softcapping",
+                   "use_bidirectional_attention"):
+        if getattr(config, option, None):
+            raise NotImplementedError(f"{name} sets {option}, which the learner does not compute")
+
+
+def load_policy(
+    model_dir: Path, config: LearnerConfig, device: torch.device, mesh: DeviceMesh | None
+) -> Policy:
+    """The policy with float32 weights, whole (`mesh` None) or sharded over the mesh.
+
+    Sharded, only the first rank reads the files, into host memory; the others start from the
+    meta device, and weights travel one tensor at a time.
+    """
+    hf_config = AutoConfig.from_pretrained(model_dir)
+    check_supported(hf_config)
+    options = dict(dtype=torch.float32, attn_implementation=ATTENTION)
+    if mesh is None or mesh.get_local_rank() == 0:
+        model = AutoModelForCausalLM.from_pretrained(model_dir, **options)
+    else:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(hf_config, **options)
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        raise NotImplementedError(f"{hf_config.model_type}: an output head with a bias")
+    model.tie_weights()
+    model.train()
+    if config.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    policy = Policy(model, config.temperature)
+    if mesh is not None:
+        shard(policy, config, device, mesh)
+    else:
+        policy.to(device)
+    if config.compile:
+        for layer in model.base_model.layers:
+            layer.compile(dynamic=True)
+    return policy
+
+
+def shard(policy: Policy, config: LearnerConfig, device: torch.device, mesh: DeviceMesh) -> None:
+    """Shard every decoder layer, then the rest, and fill the shards from the first rank."""
+    first = mesh.get_local_rank() == 0
+    # Buffers too: rotary frequencies are computed at construction and stand in no file.
+    source = {n: t.detach() for n, t in (*policy.named_parameters(), *policy.named_buffers())}
+    half = config.dtype == "bfloat16"
+    options = dict(
+        mesh=mesh,
+        mp_policy=MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if half else None, reduce_dtype=torch.float32),
+        offload_policy=CPUOffloadPolicy() if config.cpu_offload else OffloadPolicy(),
+    )
+    policy.to("meta")
+    policy.model.tie_weights()
+    for layer in policy.model.base_model.layers:
+        fully_shard(layer, **options)
+    fully_shard(policy, **options)
+    policy.to_empty(device="cpu" if config.cpu_offload else device)
+    policy.model.tie_weights()
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            whole = torch.empty(parameter.shape, device=device)
+            if first:
+                whole.copy_(source[name])
+            part = distribute_tensor(whole, mesh, parameter.placements)
+            parameter.to_local().copy_(part.to_local())
+        for name, buffer in policy.named_buffers():
+            whole = torch.empty_like(buffer, device=device)
+            if first:
+                whole.copy_(source[name])
+            dist.broadcast(whole, group=mesh.get_group(), group_src=0)
+            buffer.copy_(whole)
+
+
+# ---------------------------------------------------------------------------------- learner
+
+
+class Learner:
+    """A policy, its optimizer, and the step that improves it.
+
+    With a process group every rank makes one and calls the same methods with the same arguments:
+    all of them are collective. Nothing here uses the default process group, so the learner's
+    ranks can be a part of a larger world.
+
+    Args:
+        model_dir: a Hugging Face model directory; the frozen reference, where kl_coef asks for
+            one, is read from it too, so a resumed run passes the directory it began with.
+        group: the learner's ranks; None or a single rank trains without FSDP.
+        device: where to compute; by default CUDA's current device where there is one, else CPU.
+
+    Attributes:
+        version: optimizer steps done; a skipped step does not count, its weights are the old ones.
+        skipped_steps: steps dropped for a loss or gradient that was not finite.
+
+    Raises:
+        NotImplementedError: for a model family that packing would compute wrongly.
+    """
+
+    def __init__(
+        self, model_dir: str | os.PathLike, config: LearnerConfig,
+        group: dist.ProcessGroup | None = None, device: torch.device | str | None = None,
+    ) -> None:
+        self.model_dir, self.config = Path(model_dir), config
+        self.group = group if group is not None and group.size() > 1 else None
+        self.rank = self.group.rank() if self.group else 0
+        self.ranks = self.group.size() if self.group else 1
+        if device is None:
+            device = (torch.device("cuda", torch.cuda.current_device())
+                      if torch.cuda.is_available() else "cpu")
+        self.device = torch.device(device)
+        if config.cpu_offload and not self.group:
+            raise ValueError("cpu_offload is FSDP's: it needs a group of at least two ranks")
+        mesh = DeviceMesh.from_group(self.group, self.device.type) if self.group else None
+        self.policy = load_policy(self.model_dir, config, self.device, mesh)
+        self.reference = None
+        if config.kl_coef > 0:
+            self.reference = load_policy(self.model_dir, config, self.device, mesh)
+            self.reference.requires_grad_(False)
+        self.optimizer = make_optimizer(self.policy, config)
+        self.version = 0
+        self.skipped_steps = 0
+        # The engine runs in the dtype that the model directory names.
+        self.publish_dtype = AutoConfig.from_pretrained(self.model_dir).dtype or torch.float32
+
+    # ----------------------------------------------------------------------------- one step
+
+    def step(self, sequences: list[Sequence]) -> dict[str, float]:
+        """One optimizer step on a batch; every rank passes the same list.
+
+        Returns:
+            metrics of the whole batch, equal on every rank. Means over response tokens: `kl`, the
+            k3 estimate of KL(behaviour || policy), how far off-policy the batch is; `kl_ref`, to
+            the frozen reference, when there is one; `clip_frac`, `clip_frac_low`,
+            `clip_frac_high`, `is_ratio_mean`; `entropy` in nats; `logprob_diff`, mean
+            |log pi - log pi_behaviour|. Of the batch: `loss`; `grad_norm` before clipping; `ess`
+            (grpo.policy_loss); `tokens` response tokens; `tokens_total` with each sequence's
+            prompt; `tokens_computed` that went through the model; `skipped`; `learning_rate`.
+
+        Raises:
+            ValueError: for an empty batch or a sequence longer than the token budget.
+        """
+        if not sequences:
+            raise ValueError("a step needs at least one sequence")
+        config = self.config
+        bins = pack(sequences, config.token_budget, self.ranks, config.share_prompts)
+        lengths = torch.tensor([len(s.tokens) - s.prompt_length for s in sequences])  # (N,)
+        denominator = grpo.loss_denominator(lengths, config.loss, config.max_response_tokens)
+        self.optimizer.zero_grad(set_to_none=True)
+        sums: dict[str, Tensor] = {}
+        for members in bins[self.rank :: self.ranks]:
+            batch = MicroBatch.build([sequences[i] for i in members], self.device,
+                                     config.share_prompts)
+            loss, parts = self._loss(batch, denominator)
+            # FSDP takes the mean over ranks, but the losses are parts of one sum.
+            (loss * self.ranks).backward()
+            for name, value in parts.items():
+                sums[name] = sums.get(name, 0.0) + value.detach().double()  # ()
+        metrics = self._reduce(sums)
+        metrics["tokens_total"] = sum(len(s.tokens) for s in sequences)
+        metrics.update(self._update(math.isfinite(metrics["loss"])))
+        return metrics
+
+    def _loss(self, batch: MicroBatch, denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """This micro-batch's part of the loss, and its sums over response tokens."""
+        config, mask, behavior = self.config, batch.mask, batch.behavior_logprobs
+        with self._autocast():
+            logprobs, entropy = self.policy(batch)  # (R,), (R,)
+        logprobs, entropy = batch.unpack(logprobs), batch.unpack(entropy)  # (N, longest) each
+        proximal = None
+        if config.tis_cap is not None:
+            proximal = logprobs.detach()  # (N, longest): note 5 of the header
+        loss, metrics = grpo.policy_loss(
+            logprobs, behavior, batch.advantages, mask, config.loss, config.clip_low,
+            config.clip_high, config.tis_cap, proximal, denominator)  # ()
+        tokens = mask.sum()  # ()
+        sums = {name: value * tokens for name, value in metrics.items() if name != "ess"}
+        sums["kl"] = (grpo.kl_estimate(behavior, logprobs.detach()) * mask).sum()  # ()
+        sums["logprob_diff"] = ((logprobs.detach() - behavior).abs() * mask).sum()  # ()
+        sums["entropy"] = (entropy * mask).sum()  # ()
+        if config.entropy_coef:
+            loss = loss - config.entropy_coef * grpo.aggregate(
+                entropy, mask, config.loss, denominator)  # ()
+        if self.reference is not None:
+            ref = batch.unpack(self._forward(self.reference, batch))  # (N, longest)
+            kl = grpo.kl_estimate(logprobs, ref, config.kl_kind)  # (N, longest)
+            sums["kl_ref"] = (kl * mask).sum()  # ()
+            loss = loss + config.kl_coef * grpo.aggregate(kl, mask, config.loss, denominator)  # ()
+        sums["loss"], sums["tokens"] = loss, tokens
+        sums["tokens_computed"] = torch.tensor(batch.tokens.numel(), device=self.device)  # ()
+        return loss, sums
+
+    def _reduce(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        """Sums of this rank -> metrics of the whole batch, by one all-reduce."""
+        names = sorted(sums)
+        vector = torch.stack([sums[name] for name in names])  # (metrics,)
+        if self.group:
+            dist.all_reduce(vector, group=self.group)
+        totals = dict(zip(names, vector.tolist()))
+        whole = {"loss": totals.pop("loss"), "tokens": int(totals.pop("tokens")),
+                 "tokens_computed": int(totals.pop("tokens_computed"))}
+        means = {name: total / max(whole["tokens"], 1) for name, total in totals.items()}
+        square = means.pop("is_ratio_square_mean")
+        means["ess"] = means["is_ratio_mean"] ** 2 / square if square else 0.0
+        return {**whole, **means}
+
+    def _update(self, loss_is_finite: bool) -> dict[str, float]:
+        """Clip and apply the gradient, or drop it. Every rank decides alike: both facts are
+        global."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)  # ()
+        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+        rate = self.config.learning_rate_at(self.version)
+        skipped = not (loss_is_finite and math.isfinite(norm))
+        if skipped:
+            self.skipped_steps += 1
+        else:
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.step()
+            self.version += 1
+        self.optimizer.zero_grad(set_to_none=True)
+        return {"grad_norm": norm, "skipped": skipped, "learning_rate": rate}
+
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        """bfloat16 without FSDP, whose own mixed-precision policy casts the parameters."""
+        enabled = self.config.dtype == "bfloat16" and self.group is None
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
+    @torch.no_grad()
+    def _forward(self, policy: Policy, batch: MicroBatch) -> Tensor:
+        """Log-probabilities (R,) without gradient."""
+        with self._autocast():
+            logprobs, _ = policy(batch)  # (R,)
+        if isinstance(policy, FSDPModule):
+            policy.reshard()  # the root keeps its parameters gathered until a backward pass
+        return logprobs
+
+    def score(self, tokens: list[int]) -> np.ndarray:
+        """Log-probabilities (T - 1,) float32 of tokens[1:], each given the ones before it, at
+        the temperature of the configuration. Collective."""
+        tokens = np.asarray(tokens, np.int32)  # (T,)
+        probe = Sequence(tokens, 1, np.zeros(len(tokens) - 1, np.float32), 0.0)
+        batch = MicroBatch.build([probe], self.device)
+        return self._forward(self.policy, batch).float().cpu().numpy()
+
+    # -------------------------------------------------------------------------- publication
+
+    def publish(self, directory: str | os.PathLike) -> None:
+        """Write the policy as a Hugging Face model directory that the engine can load.
+
+        Collective: tensors are gathered one at a time, and only the first rank keeps them, in
+        host memory, in the dtype of the model directory. `lm_head.weight` is written also when
+        it is tied, since an engine that updates its weights from a file without it would keep
+        the old output head. Written beside `directory` and renamed, so that a reader never sees a
+        half-written one (for an instant between two renames it may see none).
+        """
+        directory = Path(directory)
+        staging = directory.with_name(f".{directory.name}.new")
+        if self.rank == 0:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+        index: dict[str, str] = {}
+        for number, shard in enumerate(self._shards()):
+            if self.rank == 0:
+                name = f"model-{number + 1:05d}.safetensors"
+                save_file(shard, staging / name, metadata={"format": "pt"})
+                index.update(dict.fromkeys(shard, name))
+        if self.rank == 0:
+            if len(set(index.values())) == 1:
+                (staging / "model-00001.safetensors").rename(staging / "model.safetensors")
+            else:
+                (staging / "model.safetensors.index.json").write_text(
+                    json.dumps({"metadata": {}, "weight_map": index}))
+            copy_model_files(directory if directory.exists() else self.model_dir, staging)
+            replace_directory(staging, directory)
+        if self.group:
+            dist.barrier(self.group)  # nobody goes on before the directory is there
+
+    def _shards(self) -> Iterator[dict[str, Tensor]]:
+        """Whole tensors under their published names, in parts of about SHARD_BYTES that end with
+        a layer; empty on every rank but the first."""
+        model, pending, size, layer = self.policy.model, {}, 0, None
+        for name, tensor in model.state_dict().items():
+            head, _, tail = name.partition(".layers.")
+            previous, layer = layer, (head, tail.partition(".")[0])
+            if layer != previous and size >= SHARD_BYTES:
+                yield self._published(pending)
+                pending, size = {}, 0
+            if isinstance(tensor, DTensor):
+                tensor = tensor.full_tensor()
+            size += tensor.numel() * self.publish_dtype.itemsize
+            if self.rank == 0:
+                pending[name] = tensor.to("cpu", self.publish_dtype, copy=True)
+        yield self._published(pending)
+
+    def _published(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The names and layouts of the files: transformers packs experts when it loads them."""
+        tensors = revert_weight_conversion(self.policy.model, tensors) if tensors else {}
+        return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+    # --------------------------------------------------------------------------- checkpoint
+
+    def save(self, directory: str | os.PathLike) -> None:
+        """Write a sharded checkpoint: weights, optimizer, version, every rank's RNG. Collective.
+
+        It loads at any number of ranks. The schedule is a function of the version."""
+        dcp.save(self._state(), checkpoint_id=str(directory), process_group=self.group,
+                 no_dist=self.group is None)
+
+    def load(self, directory: str | os.PathLike) -> None:
+        """Go on from a checkpoint of `save`; further steps are bit-identical at the same number
+        of ranks. A rank that the checkpoint does not know keeps its RNG. Collective."""
+        state = self._state()
+        known = dcp.FileSystemReader(str(directory)).read_metadata().state_dict_metadata
+        state = {name: value for name, value in state.items()
+                 if not name.startswith("rng.") or name in known}
+        dcp.load(state, checkpoint_id=str(directory), process_group=self.group,
+                 no_dist=self.group is None)
+        self.version, self.skipped_steps = state["version"], state["skipped_steps"]
+        if f"rng.{self.rank}" in state:
+            torch.set_rng_state(state[f"rng.{self.rank}"])
+
+    def _state(self) -> dict[str, object]:
+        """A flat dictionary of this learner's tensors: dcp.load fills them in place."""
+        state: dict[str, object] = {
+            "version": self.version, "skipped_steps": self.skipped_steps,
+            f"rng.{self.rank}": torch.get_rng_state(),
+        }
+        for group in self.optimizer.param_groups:
+            for name, parameter in zip(group["names"], group["params"]):
+                state[f"model.{name}"] = parameter.detach()
+                for key, value in self.optimizer.state[parameter].items():
+                    state[f"optimizer.{name}.{key}"] = value
+        return state
+
+
+def make_optimizer(policy: Policy, config: LearnerConfig) -> torch.optim.AdamW:
+    """AdamW with its state in place from the start: a checkpoint can then be loaded into it, and
+    memory that does not suffice fails before the first rollout."""
+    groups = []
+    for matrices, decay in ((True, config.weight_decay), (False, 0.0)):
+        chosen = [(n, p) for n, p in policy.named_parameters() if (p.ndim >= 2) == matrices]
+        groups.append({"params": [p for _, p in chosen], "names": [n for n, _ in chosen],
+                       "weight_decay": decay})
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
+    for parameter in (p for group in groups for p in group["params"]):
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),  # ()
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return optimizer
+
+
+def copy_model_files(source: Path, target: Path) -> None:
+    """Configuration and tokenizer: everything in `source` that is a file and holds no weights.
+
+    The configuration keeps its tie flag and dtype; re-saving it would take the trainer's."""
+    for path in source.iterdir():
+        if path.is_file() and not path.name.endswith(WEIGHT_FILES):
+            shutil.copyfile(path, target / path.name)
+
+
+def replace_directory(new: Path, directory: Path) -> None:
+    """Put `new` where `directory` is; the old one is removed after the exchange."""
+    old = directory.with_name(f".{directory.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if directory.exists():
+        directory.rename(old)
+    new.rename(directory)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def main() -> None:
+    """Three steps on made-up groups of eight."""
+    import argparse
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model_dir", type=Path)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--prompt", type=int, default=250, help="prompt tokens (default 250)")
+    parser.add_argument("--response", type=int, default=200, help="response tokens (default 200)")
+    parser.add_argument("--groups", type=int, default=16, help="groups of 8 (default 16)")
+    parser.add_argument("--token-budget", type=int, default=4096, help="tokens of a micro-batch")
+    parser.add_argument("--no-share", action="store_true", help="compute each prompt G times")
+    args = parser.parse_args()
+    config = LearnerConfig(dtype=args.dtype, max_response_tokens=args.response,
+                           token_budget=args.token_budget, share_prompts=not args.no_share)
+    learner = Learner(args.model_dir, config)
+    vocabulary = learner.policy.model.config.vocab_size
+    rng = np.random.default_rng(0)
+    sequences = []
+    for _ in range(args.groups):
+        prompt = rng.integers(0, vocabulary, args.prompt, dtype=np.int32)
+        for advantage in rng.normal(size=8):
+            response = rng.integers(0, vocabulary, args.response, dtype=np.int32)
+            tokens = np.concatenate([prompt, response])
+            logprobs = learner.score(tokens)[args.prompt - 1 :]
+            sequences.append(Sequence(tokens, args.prompt, logprobs, float(advantage)))
+    for _ in range(3):
+        start = time.perf_counter()
+        metrics = learner.step(sequences)
+        seconds = time.perf_counter() - start
+        print(json.dumps({k: round(float(v), 5) for k, v in metrics.items()}))
+        print(f"{seconds:.2f} s, {metrics['tokens_total'] / seconds:.0f} tokens/s "
+              f"({metrics['tokens_computed'] / seconds:.0f} computed)")
+
+
+if __name__ == "__main__":
+    main()
