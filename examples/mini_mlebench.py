@@ -228,6 +228,11 @@ def noisy(signal, rng, noise=0.3, center=10.0, scale=3.0):
     return center + scale * (standard(signal) + noise * rng.normal(size=len(signal)))
 
 
+def poured(z, rows, rng, share=0.4):
+    """Rows of z, each blended with another random row, so that no bundled row occurs as it is."""
+    return (1 - share) * z[rows] + share * z[rng.permutation(rows)]
+
+
 def digit_blocks(rows):
     """(n, 16): mean ink of the 4 x 4 blocks of the 8 x 8 digit images `rows`."""
     images = bundled("digits")[0][rows].reshape(-1, 4, 2, 4, 2)
@@ -279,9 +284,9 @@ def biopsy_nuclei(rng, n):
 def nucleus_grain(rng, n):
     x, _ = bundled("breast_cancer")
     rows = pick(np.arange(len(x)), rng, n)
-    z = standard(x[rows])
+    z = poured(standard(x), rows, rng)
     target = z[:, 29] + 0.7 * z[:, 24] - 0.5 * z[:, 21] + 0.5 * z[:, 11]
-    z = disguise(np.delete(x[rows], [24, 29], axis=1), rng, 10, 3, 0.15)
+    z = disguise(np.delete(z, [24, 29], axis=1), rng, 10, 3, 0.2)
     return Table(measured(z, rng, False), noisy(target, rng, 0.15, 42.0, 6.0), rows)
 
 
@@ -295,8 +300,9 @@ def nucleus_grain(rng, n):
 def clinic_progression(rng, n):
     x, y = bundled("diabetes")
     rows = pick(np.arange(len(y)), rng, n)
-    z = disguise(x[rows], rng, 7, 3, 0.2)
-    return Table(measured(z, rng, False), noisy(y[rows], rng, 0.15, 150.0, 75.0), rows)
+    z = poured(standard(np.column_stack([x, y])), rows, rng)
+    return Table(measured(disguise(z[:, :-1], rng, 7, 3, 0.2), rng, False),
+                 noisy(z[:, -1], rng, 0.15, 150.0, 75.0), rows)
 
 
 @competition(
@@ -309,9 +315,9 @@ def clinic_progression(rng, n):
 def glucose_alert(rng, n):
     x, y = bundled("diabetes")
     rows = pick(np.arange(len(y)), rng, n)
-    signal = standard(y[rows]) + 0.6 * standard(x[rows, 9])
-    return Table(measured(disguise(x[rows], rng, 8, 3, 0.2), rng, False),
-                 binary(signal, rng, 0.45, 0.2), rows)
+    z = poured(standard(np.column_stack([x, y])), rows, rng)
+    return Table(measured(disguise(z[:, :-1], rng, 8, 3, 0.25), rng, False),
+                 binary(z[:, -1] + 0.6 * z[:, 9], rng, 0.45, 0.2), rows)
 
 
 @competition(
@@ -368,8 +374,8 @@ def cellar_blends(rng, n):
     x, y = bundled("wine")
     a = rng.integers(len(y), size=n)
     same = [rng.choice(np.flatnonzero(y == y[i])) for i in a]
-    x = 0.6 * standard(x)[a] + 0.4 * standard(x)[same]
-    return Table(measured(disguise(x, rng, 9, 3, 1.4), rng, False), y[a].astype(int), a)
+    z = 0.6 * standard(x)[a] + 0.4 * standard(x)[same]
+    return Table(measured(disguise(z, rng, 9, 3, 1.4), rng, False), y[a].astype(int), a)
 
 
 @competition(
@@ -497,18 +503,19 @@ def hive_swarms(rng, n):
 
 @competition(
     "tumour-margins", "heldout", "Tumour margins",
-    "A second laboratory grades how ragged a tumour's margin is, from seven scanner channels that "
+    "A second laboratory grades how ragged a tumour's margin is, from ten scanner channels that "
     "it does not explain. Name the grade.",
     origin="breast_cancer", metric="accuracy", key="specimen_no {:d}", target="margin_grade",
-    features="chan_red chan_blue chan_teal chan_rose chan_gold chan_jade chan_onyx",
-    rows=(330, 239), labels=("clean", "frayed", "ragged"))
+    features="chan_red chan_blue chan_teal chan_rose chan_gold chan_jade chan_onyx "
+             "chan_puce chan_lime chan_mauve",
+    rows=(250, 319), labels=("clean", "frayed", "notched", "ragged"))
 def tumour_margins(rng, n):
     x, _ = bundled("breast_cancer")
     rows = pick(np.arange(len(x)), rng, n)
-    z = standard(np.log1p(x[rows]))
+    z = poured(standard(np.log1p(x)), rows, rng)
     signal = z[:, 26] + 0.6 * z[:, 17] - 0.5 * z[:, 14]
-    z = disguise(np.delete(x[rows], [17, 26], axis=1), rng, 7, 3, 0.3)
-    return Table(measured(z, rng, False), bands(signal, rng, 3, 0.2), rows)
+    z = disguise(np.delete(z, [17, 26], axis=1), rng, 10, 3, 0.15)
+    return Table(measured(z, rng, False), bands(signal, rng, 4, 0.1), rows)
 
 
 @competition(
@@ -521,9 +528,9 @@ def tumour_margins(rng, n):
 def lipid_followup(rng, n):
     x, y = bundled("diabetes")
     rows = pick(np.arange(len(y)), rng, n)
-    z = standard(x[rows])
-    signal = z[:, 8] + 0.5 * z[:, 9] + 0.4 * standard(y[rows])
-    return Table(measured(disguise(np.delete(x[rows], 8, axis=1), rng, 7, 3, 0.2), rng, False),
+    z = poured(standard(np.column_stack([x, y])), rows, rng)
+    signal = z[:, 8] + 0.5 * z[:, 9] + 0.4 * z[:, 10]
+    return Table(measured(disguise(np.delete(z, [8, 10], axis=1), rng, 7, 3, 0.2), rng, False),
                  noisy(signal, rng, 0.2, 4.6, 0.5), rows)
 
 
@@ -811,13 +818,13 @@ def score(given, truth):
 
 def score(given, truth):
     p = np.where(truth == 1, given, 1 - given)
-    return -np.mean(np.log(np.clip(p, 1e-6, 1)))  # a certain mistake costs 13.8
+    return -np.mean(np.log(np.clip(p, 1e-3, 1)))  # a certain mistake costs 6.9
 ''',
     "log_loss multi": PROBABILITIES + '''
 
 def score(given, truth):
     p = given[np.arange(len(truth)), [CLASSES.index(label) for label in truth]]
-    return -np.mean(np.log(np.clip(p, 1e-6, 1)))  # a certain mistake costs 13.8
+    return -np.mean(np.log(np.clip(p, 1e-3, 1)))  # a certain mistake costs 6.9
 ''',
     "rmse": NUMBERS + '''
 
@@ -1009,14 +1016,17 @@ def is_seeded(model) -> bool:
 
 
 def reference_scores(spec: Spec, seed: int) -> dict[str, float]:
-    """Private score of every reference pipeline, seeded ones as the mean over three seeds."""
+    """Private score of every reference pipeline; seeded ones as the mean over three seeds, the
+    default forest over nine, because the middle of the leaderboard hangs on it."""
     files, grade = build_files(spec, seed), load_grade(spec)
     x_train, x_test = features_of(files, spec)
     scores: dict[str, list] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for repeat in range(3):
+        for repeat in range(9):
             for name, model in pipelines(spec, repeat).items():
+                if repeat >= 3 and name != "forest":
+                    continue
                 if name == "dummy":
                     scores[name] = [grade(files.sample, files.answers)]
                 elif repeat == 0 or is_seeded(model):
