@@ -17,8 +17,8 @@ whole training loop can be watched on a laptop.
    0.05, the default random forest at 0.50, the best pipeline at 0.99; the rest lie evenly between.
    So "median" means "a forest with default settings", and a medal needs a better choice than that.
    Reference scores are constants, kept in mini_mlebench_references.json beside this file. They
-   depend on the data alone, never on any policy; `--recompute-references` is the only way to change
-   them.
+   depend on the data alone, never on any policy. `--recompute-references` fits all pipelines again
+   and writes OUT/references.json; to change the constants, copy that file over the stored one.
 
 A directory <id> holds config.yaml, description.md, grade.py, leaderboard.csv, and
 prepared/public/{train,test,sample_submission}.csv and prepared/private/test.csv (the answers).
@@ -1052,18 +1052,18 @@ def leaderboard(spec: Spec, scores: dict[str, float], seed: int) -> np.ndarray:
         raise BuildError(f"{spec.id}: the references must order dummy < forest < best; "
                          f"found {scores['dummy']}, {scores['forest']}, {sign * top}")
 
-    def evenly(start, end, between, a, b):
-        inner = sorted({v for v in value.values() if start < v < end} if between else ())
-        return list(np.linspace(a, b, len(inner) + 2)), [start, *inner, end]
+    def stretch(start, end, worst, best):
+        """Human ranks start..end for the scores worst..best and the references between them."""
+        inner = {v for v in value.values() if worst < v < best}
+        return list(np.linspace(start, end, len(inner) + 2)), [worst, *sorted(inner), best]
 
-    below = [v for v in value.values() if v < low]
-    bottom = min(below) if below else low - 0.2 * (middle - low)
-    u0, s0 = evenly(bottom, low, False, 0.0, PINS["dummy"])
-    u1, s1 = evenly(low, middle, True, PINS["dummy"], PINS["forest"])
-    u2, s2 = evenly(middle, top, True, PINS["forest"], PINS["best"])
-    bound = np.inf if spec.metric in ("accuracy", "f1", "roc_auc") else 0.0
-    limit = min(top + 0.3 * (top - middle), 1.0 if np.isinf(bound) else 0.0)
-    ranks, marks = u0 + u1[1:] + u2[1:] + [1.0], s0 + s1[1:] + s2[1:] + [limit]
+    ranks1, marks1 = stretch(PINS["dummy"], PINS["forest"], low, middle)
+    ranks2, marks2 = stretch(PINS["forest"], PINS["best"], middle, top)
+    bottom = min(low - 0.2 * (middle - low), *value.values())  # some references lose to the dummy
+    perfect = 0.0 if METRICS[spec.metric].lower_is_better else 1.0
+    champion = min(top + 0.3 * (top - middle), perfect)
+    ranks = [0.0, *ranks1, *ranks2[1:], 1.0]
+    marks = [bottom, *marks1, *marks2[1:], champion]
     rng = generator(spec, seed, "leaderboard")
     teams = int(rng.integers(1000, 1400))
     u = (np.arange(teams) + 0.5) / teams + rng.normal(0, 0.3 / teams, teams)

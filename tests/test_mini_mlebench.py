@@ -41,9 +41,9 @@ def rank(spec, score):
 
 
 def load_grader(folder):
-    module_spec = importlib.util.spec_from_file_location(f"grade_{folder.name}", folder / "grade.py")
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    where = importlib.util.spec_from_file_location(f"grade_{folder.name}", folder / "grade.py")
+    module = importlib.util.module_from_spec(where)
+    where.loader.exec_module(module)
     return module
 
 
@@ -56,7 +56,8 @@ def test_breadth_of_both_splits():
         assert {spec.metric for spec in specs} == set(mini.METRICS)
         assert {spec.kind for spec in specs} == {
             "binary classification", "multi-class classification", "regression"}
-        assert {spec.origin for spec in specs} >= {"generated", "breast_cancer", "diabetes", "digits"}
+        assert {spec.origin for spec in specs} >= {
+            "generated", "breast_cancer", "diabetes", "digits"}
         assert 1 <= sum(len(spec.submission_columns) > 2 for spec in specs) <= 3
 
 
@@ -139,6 +140,22 @@ def test_errors_are_one_line_and_status_2(arguments, reason, tmp_path, capsys):
     assert mini.main(["--out", str(tmp_path / "x"), *arguments]) == 2
     error = capsys.readouterr().err
     assert reason in error and error.count("\n") == 1 and not (tmp_path / "x").exists()
+
+
+def test_another_seed_with_its_own_references(tmp_path, monkeypatch):
+    """Two competitions and three pipelines, to be quick."""
+    few = [spec for spec in mini.SPECS if spec.id in ("glacier-melt", "kiln-cracks")]
+    some, full = ("dummy", "forest", "boosting"), mini.pipelines
+    monkeypatch.setattr(mini, "SPECS", few)
+    monkeypatch.setattr(mini, "pipelines", lambda *a: {n: full(*a)[n] for n in some})
+    arguments = ["--out", str(tmp_path), "--seed", "5", "--recompute-references"]
+    assert mini.main(arguments) == 0
+    scores = mini.load_references(5, tmp_path / "references.json")
+    assert {spec.id for spec in few} == set(scores)
+    assert all(set(each) == set(some) for each in scores.values())
+    board = pd.read_csv(tmp_path / "heldout" / "glacier-melt" / "leaderboard.csv")["score"]
+    forest = mini.human_rank(board.to_numpy(), scores["glacier-melt"]["forest"], True)
+    assert forest == pytest.approx(0.5, abs=0.02)
 
 
 def test_foreign_directories_are_left_alone(tmp_path, capsys):
@@ -371,7 +388,7 @@ def test_heldout_digits_are_other_images():
     assert images["train"] and images["heldout"] and not images["train"] & images["heldout"]
 
 
-# --- speed -----------------------------------------------------------------------------------------
+# --- speed -----------------------------------------------------------------------------------
 
 LARGEST = sorted(mini.SPECS, key=lambda spec: spec.rows[0] * len(spec.features))[-3:]
 
