@@ -339,7 +339,7 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, chunk):
         logprobs, lse, entropy = [], [], []
-        with torch.autocast(hidden.device.type, enabled=False):
+        with _no_autocast(hidden):
             head = _head(weight, hidden)  # (V, H)
             for h, y in zip(hidden.split(chunk), targets.split(chunk)):  # (t, H), (t,)
                 logits = _product(h, head.t()).div_(temperature)  # (t, V)
@@ -364,7 +364,7 @@ class _TokenLogprobs(torch.autograd.Function):
             grad_logprobs = torch.zeros_like(lse)  # (T,)
         grad_hidden = torch.empty_like(hidden)  # (T, H)
         grad_weight = weight.new_zeros(weight.shape, dtype=_wide(hidden))  # (V, H)
-        with torch.autocast(hidden.device.type, enabled=False):
+        with _no_autocast(hidden):
             head = _head(weight, hidden)  # (V, H)
             for start in range(0, len(hidden), ctx.chunk):
                 part = slice(start, start + ctx.chunk)
@@ -386,6 +386,12 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_hidden = grad_hidden if ctx.needs_input_grad[0] else None
         grad_weight = grad_weight.to(weight.dtype) if ctx.needs_input_grad[1] else None
         return grad_hidden, grad_weight, None, None, None
+
+
+def _no_autocast(hidden: Tensor) -> torch.autocast:
+    """Autocast would turn the float32 products of `_product` into bfloat16 ones."""
+    kind = hidden.device.type
+    return torch.autocast(kind if torch.amp.is_autocast_available(kind) else "cpu", enabled=False)
 
 
 def _wide(hidden: Tensor) -> torch.dtype:

@@ -34,8 +34,11 @@ import math
 import os
 import shutil
 import time
+import warnings
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +131,11 @@ class LearnerConfig:
 # ---------------------------------------------------------------------------------- packing
 
 
+def prompt_key(sequence: Sequence) -> bytes:
+    """Equal for sequences of equal prompts."""
+    return np.asarray(sequence.tokens[: sequence.prompt_length], np.int32).tobytes()
+
+
 def pack(
     sequences: list[Sequence], token_budget: int, ranks: int = 1, share_prompts: bool = True
 ) -> list[list[int]]:
@@ -149,8 +157,7 @@ def pack(
     """
     families: dict[bytes | int, list[int]] = {}
     for i, sequence in enumerate(sequences):
-        prompt = np.ascontiguousarray(sequence.tokens[: sequence.prompt_length], dtype=np.int32)
-        families.setdefault(prompt.tobytes() if share_prompts else i, []).append(i)
+        families.setdefault(prompt_key(sequence) if share_prompts else i, []).append(i)
 
     def cost(members: list[int]) -> int:
         prompt = sequences[members[0]].prompt_length
@@ -208,23 +215,34 @@ class Segments:
     """
 
     def __init__(self, sizes: list[int], parents: list[int], device: torch.device) -> None:
-        self.sizes, self.parents = sizes, parents
+        self.sizes, self.parents, self.device = sizes, parents, device
         prefixes = [sizes[parent] if parent >= 0 else 0 for parent in parents]
         self.spans = [prefix + size for prefix, size in zip(prefixes, sizes)]  # keys of a segment
         self._masks: dict[tuple, Tensor] = {}
-        if device.type != "cuda":
-            return
-        starts = np.cumsum([0] + sizes)
-        keys = []  # the rows of K and V in the order in which the segments read them
-        for i, parent in enumerate(parents):
+
+    @cached_property
+    def query_ends(self) -> Tensor:
+        """(S + 1,) int32 cumulative sizes of the S segments."""
+        return torch.tensor(np.cumsum([0] + self.sizes), dtype=torch.int32, device=self.device)
+
+    @cached_property
+    def key_ends(self) -> Tensor:
+        """(S + 1,) int32 cumulative spans: the keys that the S segments read."""
+        return torch.tensor(np.cumsum([0] + self.spans), dtype=torch.int32, device=self.device)
+
+    @cached_property
+    def key_index(self) -> Tensor | None:
+        """(K,) rows of K and V in the order in which the segments read them, each prefix again
+        for every segment that continues it; None when that is the row as it is."""
+        if max(self.parents) < 0:
+            return None
+        starts = np.cumsum([0] + self.sizes)
+        rows = []
+        for i, parent in enumerate(self.parents):
             if parent >= 0:
-                keys.append(np.arange(starts[parent], starts[parent + 1]))
-            keys.append(np.arange(starts[i], starts[i + 1]))
-        index = torch.from_numpy(np.concatenate(keys)).to(device)  # (K,)
-        self.key_index = index if any(prefixes) else None  # (K,)
-        self.query_ends = torch.tensor(starts, dtype=torch.int32, device=device)  # (S + 1,)
-        self.key_ends = torch.tensor(np.cumsum([0] + self.spans), dtype=torch.int32,
-                                     device=device)  # (S + 1,)
+                rows.append(np.arange(starts[parent], starts[parent + 1]))
+            rows.append(np.arange(starts[i], starts[i + 1]))
+        return torch.from_numpy(np.concatenate(rows)).to(self.device)
 
     def mask(self, window: int | None, like: Tensor) -> Tensor:
         """(L, L) additive causal mask, L the longest span; made once for all layers."""
@@ -239,6 +257,7 @@ class Segments:
         return self._masks[key]
 
 
+@torch.compiler.disable  # the sizes change with every row: a compiled layer breaks around it
 def block_causal_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     segments: Segments, scaling: float | None = None, sliding_window: int | None = None,
@@ -328,12 +347,13 @@ class MicroBatch:
         if not real:
             sequences = [Sequence(np.zeros(2, np.int32), 1, np.zeros(1, np.float32), 0.0)]
         parts, positions, sizes, parents, predictors = [], [], [], [], []
-        families: dict[bytes | int, tuple[int, int]] = {}  # prompt -> its segment, its end
-        shared = [s.tokens[: s.prompt_length].astype(np.int32).tobytes() for s in sequences]
+        families: dict[bytes, tuple[int, int]] = {}  # prompt -> its segment, its end
+        prompts = [prompt_key(sequence) for sequence in sequences]
+        uses = Counter(prompts)
         end = 0
-        for sequence, prompt in zip(sequences, shared):
+        for sequence, prompt in zip(sequences, prompts):
             p, total = sequence.prompt_length, len(sequence.tokens)
-            if share_prompts and shared.count(prompt) > 1:
+            if share_prompts and uses[prompt] > 1:
                 if prompt not in families:
                     parts.append(sequence.tokens[:p])
                     positions.append(np.arange(p))
@@ -721,8 +741,10 @@ class Learner:
         """Write a sharded checkpoint: weights, optimizer, version, every rank's RNG. Collective.
 
         It loads at any number of ranks. The schedule is a function of the version."""
-        dcp.save(self._state(), checkpoint_id=str(directory), process_group=self.group,
-                 no_dist=self.group is None)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.save(self._state(), checkpoint_id=str(directory), process_group=self.group,
+                     no_dist=self.group is None)
 
     def load(self, directory: str | os.PathLike) -> None:
         """Go on from a checkpoint of `save`; further steps are bit-identical at the same number
@@ -731,8 +753,10 @@ class Learner:
         known = dcp.FileSystemReader(str(directory)).read_metadata().state_dict_metadata
         state = {name: value for name, value in state.items()
                  if not name.startswith("rng.") or name in known}
-        dcp.load(state, checkpoint_id=str(directory), process_group=self.group,
-                 no_dist=self.group is None)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.load(state, checkpoint_id=str(directory), process_group=self.group,
+                     no_dist=self.group is None)
         self.version, self.skipped_steps = state["version"], state["skipped_steps"]
         if f"rng.{self.rank}" in state:
             torch.set_rng_state(state[f"rng.{self.rank}"])
