@@ -466,6 +466,7 @@ class Execution:
     above_median: bool = False
     reason: str = ""
     isolation: str = ""  # "landlock+seccomp", or "unsafe (...)" with the layers that were in force
+    submission: bytes | None = dataclasses.field(default=None, repr=False)  # what was graded
 
 
 def base_reward(execution: Execution, kind: str = "rank") -> float:
@@ -619,7 +620,7 @@ _ALLOW = """
     dup:32:23 dup2:33:- dup3:292:24 pipe:22:- pipe2:293:59 select:23:- pselect6:270:72 ppoll:271:73 flock:73:32
     epoll_create:213:- epoll_create1:291:20 epoll_ctl:233:21 epoll_wait:232:- epoll_pwait:281:22 eventfd:284:-
     eventfd2:290:19 signalfd4:289:74 timerfd_create:283:85 timerfd_settime:286:86 timerfd_gettime:287:87
-    sendto:44:206 recvfrom:45:207 shutdown:48:210 close_range:436:436
+    sendto:44:206 recvfrom:45:207 shutdown:48:210
     fsync:74:82 fdatasync:75:83 ftruncate:77:46 fallocate:285:47 sync_file_range:277:84 fadvise64:221:223
     readahead:187:213 getdents:78:- getdents64:217:61 getcwd:79:17 chdir:80:49 fchdir:81:50 statfs:137:43 fstatfs:138:44
     rename:82:- renameat:264:38 renameat2:316:276 mkdir:83:- mkdirat:258:34 rmdir:84:- creat:85:- link:86:- linkat:265:37
@@ -642,11 +643,11 @@ _NO_XATTR = """setxattr:188:5 lsetxattr:189:6 fsetxattr:190:7 getxattr:191:8 lge
     listxattr:194:11 llistxattr:195:12 flistxattr:196:13"""  # shutil.copy2 goes on after ENOTSUP
 # "Not there" instead of "not permitted": callers then fall back (clone3 -> clone, whose flags we can read;
 # memfd_create would be memory that no limit sees).
-_MISSING = "clone3:435:435 memfd_create:319:279 io_uring_setup:425:425 openat2:437:437 futex_waitv:449:449"
+_MISSING = "clone3:435:435 memfd_create:319:279 io_uring_setup:425:425 openat2:437:437 close_range:436:436"
 _GPU_ALLOW = "memfd_create:319:279 mbind:237:235 set_mempolicy:238:237 sched_setaffinity:203:122"
 
 _PID = 0x5EEDC0DE  # stands for the worker's pid until the filter is installed
-_CLONE_THREAD, _CLONE_NAMESPACES = 0x10000, 0x7E020080
+_CLONE_THREAD, _CLONE_NAMESPACES = 0x10400, 0x7E020080  # a thread shares its descriptors: /proc shows them
 _TRUNC, _ACCESS_MODE, _TMPFILE = 0x200, 3, 0x400000
 # name: conditions, all must hold: (argument, mask, values, allowed when the masked argument is one of the values?)
 _OPEN = ((_TRUNC | _ACCESS_MODE, (_TRUNC,), False), (_TMPFILE, (0,), True))  # Landlock 1, 2 miss O_RDONLY|O_TRUNC;
@@ -927,7 +928,7 @@ def _nanny(setup: Setup, channel: socket.socket) -> None:
         if error.errno not in (errno.EPIPE, errno.ECONNRESET):  # the owner is gone: only clean up
             raise
     finally:
-        _kill_children(time.monotonic() + KILL_SECONDS)
+        _kill_children([])
         os.close(directory)
         remove_tree(work)
 
@@ -943,9 +944,7 @@ def _watch(setup: Setup, request: dict, work: str, directory: int, channel: sock
         os.close(write)
     stdout, stderr, ready = (read for read, _ in pipes)
     pidfd = os.pidfd_open(worker)
-    said = os.read(ready, 4096)  # EOF when the worker died before it was ready
-    if said == b"ok":
-        said += os.read(ready, 4096)  # until the worker has closed it: the script never holds this pipe
+    said = os.read(ready, 4096) if select.select([ready], [], [], 60)[0] else b"no sign of life"
     start = time.monotonic()
     outputs = {stdout: _Output(request["output_kb"] << 10), stderr: _Output(request["output_kb"] << 10)}
     poll = select.poll()
@@ -977,7 +976,7 @@ def _watch(setup: Setup, request: dict, work: str, directory: int, channel: sock
         if events.get(pidfd):
             break
     seconds = time.monotonic() - start
-    ended = _kill_children(time.monotonic() + KILL_SECONDS)
+    ended = _kill_children([worker])
     status, usage = ended.get(worker, (None, None))
     for descriptor, output in outputs.items():  # everyone is dead: what is left in the pipes is final
         os.set_blocking(descriptor, False)
@@ -1052,8 +1051,9 @@ def _hidden_usage(worker: int, uid: int) -> int:
     """Bytes of files that were unlinked but are still open."""
     size = 0
     try:
-        if uid:
-            os.seteuid(uid)  # /proc lets only the same uid look
+        if uid:  # /proc lets only the same user look
+            os.setegid(uid)
+            os.seteuid(uid)
         for name in os.listdir(f"/proc/{worker}/fd"):
             try:
                 facts = os.stat(f"/proc/{worker}/fd/{name}")
@@ -1066,14 +1066,16 @@ def _hidden_usage(worker: int, uid: int) -> int:
     finally:
         if uid:
             os.seteuid(0)
+            os.setegid(0)
     return size
 
 
-def _kill_children(deadline: float) -> dict[int, tuple]:
+def _kill_children(known: list[int]) -> dict[int, tuple]:
     """SIGKILL every child, orphans that we adopted included, until none is left. Returns pid -> (status, rusage)."""
     ended: dict[int, tuple] = {}
+    deadline = time.monotonic() + KILL_SECONDS
     while time.monotonic() < deadline:
-        for pid in _children():
+        for pid in known:
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
@@ -1087,6 +1089,7 @@ def _kill_children(deadline: float) -> dict[int, tuple]:
         except ChildProcessError:
             return ended
         time.sleep(0.0005)
+        known = _children()
     return ended
 
 
@@ -1113,13 +1116,16 @@ def _collect(directory: int, limit: int) -> tuple[bytes, str]:
         return b"", "the script wrote no submission.csv"
     except OSError as error:
         return b"", f"submission.csv cannot be opened: {error.strerror}"
-    with open(descriptor, "rb") as file:
+    try:
         facts = os.fstat(descriptor)
         if not stat.S_ISREG(facts.st_mode) or facts.st_nlink != 1:
             return b"", "submission.csv is not a regular file of its own"
         if facts.st_size > limit:
             return b"", f"too large: submission.csv has {facts.st_size} bytes, at most {limit} are read"
-        return file.read(limit), ""
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read(limit), ""
+    finally:
+        os.close(descriptor)
 
 
 def remove_tree(path: str) -> None:
@@ -1209,7 +1215,11 @@ def _serve(control: socket.socket) -> None:
             if not message:
                 return
             channel = socket.socket(fileno=descriptors[0])
-            pid = os.fork()
+            try:
+                pid = os.fork()
+            except OSError:  # no process to be had: this run fails, its owner sees EOF
+                channel.close()
+                continue
             if pid == 0:
                 try:
                     control.close()
@@ -1229,7 +1239,7 @@ def _serve(control: socket.socket) -> None:
         while nannies and time.monotonic() < deadline:
             _reap(nannies, root)
             time.sleep(0.005)
-        _kill_children(time.monotonic() + KILL_SECONDS)
+        _kill_children(list(nannies))
         remove_tree(root)
 
 
@@ -1243,10 +1253,13 @@ def _make_scratch(parent: str) -> str:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 continue
-            remove_tree(path)
+            if os.fstat(descriptor).st_uid == os.geteuid():
+                remove_tree(path)
             os.close(descriptor)
-    root = tempfile.mkdtemp(prefix="acegrpo-sandbox-", dir=parent)
-    fcntl.flock(os.open(root, os.O_RDONLY | os.O_DIRECTORY), fcntl.LOCK_EX)
+    fresh = tempfile.mkdtemp(prefix="acegrpo-new-", dir=parent)
+    fcntl.flock(os.open(fresh, os.O_RDONLY | os.O_DIRECTORY), fcntl.LOCK_EX)
+    root = fresh.replace("acegrpo-new-", "acegrpo-sandbox-")
+    os.rename(fresh, root)  # only now may others look at it
     os.chmod(root, 0o711)  # a slot's uid must pass, and must not list
     return os.path.realpath(root)
 
@@ -1289,23 +1302,42 @@ def _find_layers(config: dict, root: str) -> tuple[Setup, str]:
     if "seccomp" in layers:
         setup.program, setup.gpu_program = seccomp_program(machine), seccomp_program(machine, gpu=True)
     uid_base = 61000 + os.getpid() % 60 * 64
-    if os.geteuid() == 0 and _probe_uid(uid_base, [os.__file__, sys.executable, sys.prefix, np.__file__, canary]):
+    if os.geteuid() == 0 and _probe_uid(uid_base, root, [os.__file__, sys.executable, np.__file__, canary]):
         setup.uid_base = uid_base
     return setup, "; ".join(missing)
 
 
-def _probe_uid(uid: int, paths: list[str]) -> bool:
-    """Can a process drop to `uid` and still read Python? Asked by a child that tries it."""
+def _probe_uid(uid: int, root: str, paths: list[str]) -> bool:
+    """Can we own a process and files of `uid`, and can it read Python? A child tries all that a run needs."""
+    home = os.path.join(root, "probe")
+    ready, tell = os.pipe()
+    os.mkdir(home, 0o700)
     pid = os.fork()
-    if pid == 0:
-        try:
-            os.setgroups([])
-            os.setresgid(uid, uid, uid)
-            os.setresuid(uid, uid, uid)
-            os._exit(0 if all(os.access(path, os.R_OK) for path in paths) else 1)
-        finally:
-            os._exit(1)
-    return os.waitpid(pid, 0)[1] == 0
+    try:
+        if pid == 0:
+            try:
+                os.setgroups([])
+                os.setresgid(uid, uid, uid)
+                os.setresuid(uid, uid, uid)
+                give_up = time.monotonic() + 10
+                while os.stat(home).st_uid != uid and time.monotonic() < give_up:
+                    time.sleep(0.001)
+                os.mkdir(os.path.join(home, "0"), 0)
+                os.write(tell, b"y" if all(os.access(path, os.R_OK) for path in paths) else b"n")
+                time.sleep(10)
+            finally:
+                os._exit(1)
+        os.close(tell)
+        os.chown(home, uid, uid)
+        answer = os.read(ready, 1)
+        os.kill(pid, signal.SIGKILL)  # needs CAP_KILL, as the chown needed CAP_CHOWN
+        os.waitpid(pid, 0)
+        remove_tree(home)
+        return answer == b"y" and not os.path.exists(home)
+    except OSError:  # such as a root without these capabilities; a child that cannot be killed ends by itself
+        return False
+    finally:
+        os.close(ready)
 
 
 def _readable_by_others(directory: str) -> bool:
@@ -1490,7 +1522,9 @@ class Sandbox:
         if status != "ok":
             return Execution(status, reason=reason, **known)
         grade = competition.grade(submission)
-        return Execution("ok" if grade.valid else "invalid", **known, **dataclasses.asdict(grade))
+        return Execution(
+            "ok" if grade.valid else "invalid", submission=submission, **known, **dataclasses.asdict(grade)
+        )
 
     def _status(self, facts: dict, stderr: str) -> tuple[str, str]:
         """(status, reason) before grading."""
@@ -1534,7 +1568,9 @@ class Sandbox:
                         self.problem = f"the fork server does not start (exit status {self._process.wait()})"
                 self._changed.notify_all()
             if control:
-                while control.recv(1):  # it never speaks again: this waits for its end
+                try:
+                    control.recv(1)  # it never speaks again: this waits for its end
+                except ConnectionResetError:
                     pass
                 with self._changed:
                     self._control = None
@@ -1685,6 +1721,7 @@ def main(arguments: list[str] | None = None) -> int:
     if execution.isolation.startswith("unsafe") and execution.status != "refused":
         print(f"sandbox.py: WARNING: isolation is {execution.isolation}", file=sys.stderr)
     facts = dataclasses.asdict(execution)
+    del facts["submission"]
     print(json.dumps(facts | {"reward": base_reward(execution, options.reward)}))
     return 3 if execution.status == "refused" else 0
 
