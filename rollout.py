@@ -527,3 +527,245 @@ class RolloutWorker:
         for thread in self.threads:
             thread.join()
         self.pool.shutdown()
+
+
+# ---------------------------------------------------------------------------------------------
+# 5. The agent that is evaluated
+
+
+@dataclass(frozen=True)
+class AgentConfig:
+    """Greedy tree search after AIDE (arXiv 2502.13138)."""
+
+    steps: int = 20  # scripts that one run may try
+    drafts: int = 3  # drafts before anything else
+    debug_probability: float = 0.5  # of mending a failure rather than improving the best
+    debug_depth: int = 3  # longest chain of debug steps
+
+
+@dataclass
+class AgentRun:
+    """One agent on one competition: its traces in order, and the one it hands in."""
+
+    competition: Competition
+    seed: int
+    traces: list[Trace] = field(default_factory=list)
+    submission: bytes | None = None  # of the chosen trace
+    chosen: int | None = None  # its position in `traces`
+
+    def row(self) -> dict:
+        """Its line of report.json. Steps count from 1; null: never."""
+        first = next((i for i, t in enumerate(self.traces) if t.valid), None)
+        best = self.traces[self.chosen] if self.chosen is not None else None
+        return {
+            "competition_id": self.competition.id,
+            "seed": self.seed,
+            "valid": best is not None,
+            "medal": best.medal if best else "none",
+            "score": best.score if best else None,
+            "human_rank": best.human_rank if best else 0.0,
+            "above_median": bool(best and beats(best.score, self.competition.median,
+                                                self.competition)),
+            "first_draft_valid": bool(self.traces and self.traces[0].valid),
+            "steps_to_first_valid": first + 1 if first is not None else None,
+            "chosen_step": self.chosen + 1 if self.chosen is not None else None,
+            "steps": len(self.traces),
+        }
+
+
+def beats(score: float, other: float, competition: Competition) -> bool:
+    """Strictly better, in the metric's direction."""
+    return score < other if competition.lower_is_better else score > other
+
+
+def choose_task(competition: Competition, traces: list[Trace], config: AgentConfig,
+                rng: random.Random) -> Task:
+    """The next step of the search, from what the agent may know: outcomes and the validation
+    scores that the scripts printed, never test scores."""
+    def task(operator, parent=None):
+        parent_id = parent.id if parent else ""
+        return Task(f"{competition.id}/{operator}/{parent_id}", competition.id, operator,
+                    depth=parent.depth + 1 if parent else 0, parent=parent)
+
+    if sum(t.operator == "draft" for t in traces) < config.drafts:
+        return task("draft")
+    tried = {t.parent_id for t in traces}
+    failures = [t for t in traces if not t.valid and t.code and t.id not in tried
+                and (t.operator != "debug" or t.depth <= config.debug_depth)]
+    if failures and rng.random() < config.debug_probability:
+        return task("debug", rng.choice(failures))
+    best = choose_best(competition, traces)
+    if best is not None:
+        return task("improve", traces[best])
+    return task("debug", rng.choice(failures)) if failures else task("draft")
+
+
+def choose_best(competition: Competition, traces: list[Trace]) -> int | None:
+    """Position of the valid trace with the best printed validation score; one that printed none
+    only when there is no other. Ties: the earliest."""
+    sign = -1.0 if competition.lower_is_better else 1.0
+    valid = [i for i, t in enumerate(traces) if t.valid]
+    return max(valid, default=None, key=lambda i: (
+        traces[i].validation_score is not None,
+        sign * (traces[i].validation_score or 0.0)))
+
+
+def run_agent(competition: Competition, seed: int, engine, sandbox, prompter: Prompter,
+              config: RolloutConfig, agent: AgentConfig, progress=lambda: None) -> AgentRun:
+    """One run of the agent: `agent.steps` scripts, then the best by validation score."""
+    rng = random.Random(f"{competition.id}/{seed}")
+    run, submissions = AgentRun(competition, seed), []
+    for _ in range(agent.steps):
+        task = choose_task(competition, run.traces, agent, rng)
+        prompt_ids = prompter(task)
+        if len(prompt_ids) + config.max_response_tokens > engine.max_model_len:
+            task = Task(f"{competition.id}/draft", competition.id, "draft")
+            prompt_ids = prompter(task)
+        completions, version = engine.generate(prompt_ids, 1, config.max_response_tokens,
+                                               config.temperature, rng.getrandbits(31))
+        text = prompter.tokenizer.decode(completions[0].token_ids, skip_special_tokens=True)
+        trace = make_trace(task, 0, prompt_ids, completions[0], version, text)
+        submission = None
+        if trace.code:
+            execution = sandbox.run(competition, trace.code, timeout=config.timeout)
+            describe_run(trace, execution)
+            submission = execution.submission
+        run.traces.append(trace)
+        submissions.append(submission)
+        progress()
+    run.chosen = choose_best(competition, run.traces)
+    run.submission = submissions[run.chosen] if run.chosen is not None else None
+    return run
+
+
+RATES = {  # total of report.json -> value of one run
+    "valid_rate": lambda r, steps: r["valid"],
+    "any_medal_rate": lambda r, steps: r["medal"] != "none",
+    "gold_rate": lambda r, steps: r["medal"] == "gold",
+    "silver_rate": lambda r, steps: r["medal"] == "silver",
+    "bronze_rate": lambda r, steps: r["medal"] == "bronze",
+    "above_median_rate": lambda r, steps: r["above_median"],
+    "human_rank": lambda r, steps: r["human_rank"],
+    "first_draft_valid_rate": lambda r, steps: r["first_draft_valid"],
+    "extra_steps_to_first_valid": lambda r, steps: (r["steps_to_first_valid"] or steps + 1) - 1,
+}
+
+
+def report_totals(rows: list[dict], steps: int) -> dict:
+    """Mean over competitions, then mean and standard error (ddof 1) over seeds.
+
+    >>> rows = [AgentRun(Competition, seed).row() | {"human_rank": h}
+    ...         for seed, h in ((0, 0.4), (1, 0.6))]  # doctest: +SKIP
+    """
+    seeds = sorted({r["seed"] for r in rows})
+    totals = {}
+    for name, value in RATES.items():
+        means = [np.mean([value(r, steps) for r in rows if r["seed"] == s]) for s in seeds]
+        sem = float(np.std(means, ddof=1) / math.sqrt(len(means))) if len(means) > 1 else None
+        totals[name] = {"mean": float(np.mean(means)), "sem": sem}
+    return totals
+
+
+def evaluate(competitions: list[Competition], seeds: range, engine, sandbox, prompter: Prompter,
+             config: RolloutConfig, agent: AgentConfig, parallel: int) -> list[AgentRun]:
+    """Every competition with every seed, `parallel` agents at a time."""
+    from tqdm import tqdm
+
+    jobs = [(c, s) for s in seeds for c in competitions]
+    with tqdm(total=len(jobs) * agent.steps, desc="agents", unit="step") as bar, \
+            ThreadPoolExecutor(parallel) as pool:
+        return list(pool.map(
+            lambda job: run_agent(*job, engine, sandbox, prompter, config, agent, bar.update),
+            jobs))
+
+
+def write_report(path: Path, runs: list[AgentRun], agent: AgentConfig, model: str) -> dict:
+    """report.json, and beside it the submissions and submissions.jsonl for `mlebench grade`."""
+    rows = [run.row() for run in runs]
+    report = {"model": model, "agent": vars(agent), "runs": rows,
+              "totals": report_totals(rows, agent.steps)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = path.parent / f"{path.stem}-submissions"
+    folder.mkdir(exist_ok=True)
+    with open(path.parent / "submissions.jsonl", "w") as lines:
+        for run in runs:
+            name = None
+            if run.submission is not None:
+                name = folder / f"{run.competition.id}-{run.seed}.csv"
+                name.write_bytes(run.submission)
+            lines.write(json.dumps({"competition_id": run.competition.id,
+                                    "submission_path": str(name) if name else None}) + "\n")
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    return report
+
+
+def print_report(report: dict) -> None:
+    """A table: competitions down, then the totals."""
+    rows = report["runs"]
+    print(f"{'competition':28} {'valid':>6} {'medals':>7} {'human rank':>11} {'first valid step':>17}")
+    for name in sorted({r["competition_id"] for r in rows}):
+        own = [r for r in rows if r["competition_id"] == name]
+        first = [r["steps_to_first_valid"] for r in own if r["steps_to_first_valid"]]
+        print(f"{name[:28]:28} {np.mean([r['valid'] for r in own]):6.0%} "
+              f"{np.mean([r['medal'] != 'none' for r in own]):7.0%} "
+              f"{np.mean([r['human_rank'] for r in own]):11.3f} "
+              f"{np.mean(first) if first else float('nan'):17.1f}")
+    for name, total in report["totals"].items():
+        sem = f" +- {total['sem']:.3f}" if total["sem"] is not None else ""
+        print(f"{name:30} {total['mean']:8.3f}{sem}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description="Evaluate a policy as an agent: greedy tree search on every competition.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--model", required=True, help="Hugging Face model directory")
+    parser.add_argument("--competitions", required=True, help="directory of competitions")
+    parser.add_argument("--out", default="report.json", help="report to write; submissions beside it")
+    parser.add_argument("--steps", type=int, default=20, help="scripts an agent may try")
+    parser.add_argument("--seeds", type=int, default=3, help="runs per competition")
+    parser.add_argument("--drafts", type=int, default=3, help="drafts before anything else")
+    parser.add_argument("--debug-probability", type=float, default=0.5,
+                        help="probability of mending a failure rather than improving the best")
+    parser.add_argument("--parallel", type=int, default=32, help="agents at a time")
+    parser.add_argument("--slots", type=int, default=2, help="scripts that run at the same time")
+    parser.add_argument("--timeout", type=float, default=10.0, help="seconds for one script")
+    parser.add_argument("--temperature", type=float, default=1.0, help="sampling temperature")
+    parser.add_argument("--max-model-len", type=int, default=1024, help="prompt + response, tokens")
+    parser.add_argument("--max-response-tokens", type=int, default=256, help="tokens")
+    parser.add_argument("--description-chars", type=int, default=600, help="in the prompt")
+    parser.add_argument("--preview-chars", type=int, default=420, help="data preview in the prompt")
+    parser.add_argument("--output-chars", type=int, default=300, help="output in the prompt")
+    parser.add_argument("--unsafe", action="store_true", help="run scripts without isolation")
+    args = parser.parse_args(argv)
+    if args.steps < 1 or args.seeds < 1:
+        parser.error("--steps and --seeds must be at least 1")
+    try:
+        competitions = load_competitions(args.competitions)
+        if not (Path(args.model) / "config.json").is_file():
+            raise CompetitionError(f"--model {args.model}: no config.json there; give a Hugging "
+                                   "Face model directory")
+    except CompetitionError as error:
+        print(f"rollout.py: {error}", file=sys.stderr)
+        return 2
+    from transformers import AutoTokenizer
+
+    prompter = Prompter(AutoTokenizer.from_pretrained(args.model), competitions, PromptBudget(
+        args.description_chars, args.preview_chars, args.output_chars))
+    agent = AgentConfig(args.steps, args.drafts, args.debug_probability)
+    config = RolloutConfig(args.max_response_tokens, args.temperature, timeout=args.timeout)
+    engine = Engine(args.model, EngineConfig(max_model_len=args.max_model_len))
+    try:
+        with Sandbox(slots=args.slots, timeout=args.timeout, unsafe=args.unsafe) as sandbox:
+            runs = evaluate(competitions, range(args.seeds), engine, sandbox, prompter, config,
+                            agent, args.parallel)
+    finally:
+        engine.close()
+    report = write_report(Path(args.out), runs, agent, args.model)
+    print_report(report)
+    print(f"wrote {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -365,15 +365,15 @@ class Curriculum:
             self.issued -= 1
             self.sampler.release(task_id)
             if request.task.operator != "draft":
-                self.buffer.tasks.pop(task_id, None)
+                self.buffer.remove(task_id)
                 self.sampler.remove(task_id)
             elif self.skipped > 3 * len(self.buffer.tasks):
                 raise UserError(f"{request.task.competition_id}: {result.error}; raise "
                                 "--max-model-len or lower --description-chars, --preview-chars")
             return
+        # The buffer first: its log may fail (disk full), and then nothing has happened yet.
+        admitted, evicted = self.buffer.add(group, self.sampler.score, self.in_flight)
         self.sampler.update(task_id, group.rewards)
-        protected = set(self.in_flight)
-        admitted, evicted = self.buffer.add(group, self.sampler.score, protected)
         self.follow(group.rewards, admitted, evicted)
         if self.trace_log:
             for trace in group.traces:
@@ -475,7 +475,8 @@ class Curriculum:
                           for g in map(Group.from_json, state["ready"])]
             waiting = dict(state["in_flight"])
             for change in self.buffer.replay():
-                self.sampler.update(change.task_id, change.rewards)
+                if change.rewards.size:  # none: a task was removed
+                    self.sampler.update(change.task_id, change.rewards)
                 self.follow(change.rewards, change.admitted, change.evicted)
                 waiting.pop(change.task_id, None)
             # What was in flight and has not come back is handed out again, at its old place in the
@@ -1069,7 +1070,7 @@ def prepare_run_dir(config: Config, resume: bool) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    config, arguments = parse_config(argv)
+    config = None
     first = os.environ.get("RANK", "0") == "0"
 
     def say(text: str) -> None:
@@ -1077,6 +1078,7 @@ def main(argv: list[str] | None = None) -> int:
             print(text, file=sys.stderr, flush=True)
 
     try:
+        config, arguments = parse_config(argv)
         validate(config, int(os.environ.get("WORLD_SIZE", 1)))
         check_model(config.model)
         splits = load_splits(config)

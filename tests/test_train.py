@@ -1,0 +1,301 @@
+"""The curriculum and the loop around it, with fakes: python -m pytest tests/test_train.py"""
+
+import dataclasses
+import json
+import queue
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from fakes import FakeEngine, FakeLearner, FakePrompter, FakeSandbox
+
+import train
+from buffer import EvolvingBuffer
+from rollout import Request, RolloutConfig, RolloutWorker, rollout
+from sampler import AdaptiveSampler
+from train import Config, Curriculum, UserError, batch_metrics, make_batch, parse_config
+
+COMPETITIONS = "alder birch cedar dogwood elm fir gum hazel ilex juniper".split()
+
+
+def make_config(**changes) -> Config:
+    return dataclasses.replace(Config(groups=3, responses=4, steps=12, max_staleness=2, seed=1),
+                               **changes)
+
+
+def make_curriculum(config, tmp_path=None):
+    buffer = EvolvingBuffer(COMPETITIONS, capacity=60,
+                            log_path=tmp_path / "groups.jsonl" if tmp_path else None)
+    sampler = AdaptiveSampler(config.sampler, epsilon=config.epsilon, seed=config.seed)
+    for task in buffer.roots():
+        sampler.add(task.id, task.competition_id, task.operator)
+    return Curriculum(config, buffer, sampler, queue.Queue(), queue.Queue())
+
+
+def start_workers(curriculum, engine, threads, on_error=None):
+    return RolloutWorker(curriculum.tasks, curriculum.results, engine, FakeSandbox(),
+                         FakePrompter(COMPETITIONS), RolloutConfig(), threads, slots=2,
+                         on_error=on_error or curriculum.fail)
+
+
+def run_async(config, threads, delay=0.0, tmp_path=None):
+    """The loop of train.Run, without processes: metrics of every step."""
+    curriculum, engine, learner = make_curriculum(config, tmp_path), FakeEngine(delay), FakeLearner()
+    worker = start_workers(curriculum, engine, threads)
+    curriculum.start()
+    rows = []
+    for _ in range(config.steps):
+        results = curriculum.next_batch()
+        rows.append(batch_metrics(results, learner.version))
+        if sequences := make_batch(results, config):
+            rows[-1] |= learner.step(sequences)
+        engine.version = learner.version  # a publication
+        curriculum.stepped(learner.version)
+    curriculum.tasks.put(None)
+    worker.join()
+    curriculum.results.put(None)
+    return rows, curriculum
+
+
+def run_synchronous(config):
+    """What max_staleness 0 must equal: draw B, roll out B, learn, and again."""
+    curriculum, engine, learner = make_curriculum(config), FakeEngine(), FakeLearner()
+    buffer, sampler = curriculum.buffer, curriculum.sampler
+    prompter, rows = FakePrompter(COMPETITIONS), []
+    with ThreadPoolExecutor(1) as pool:
+        for _ in range(config.steps):
+            tasks = [buffer.tasks[i] for i in sampler.draw(config.groups)]
+            results = []
+            for task in tasks:
+                results.append(rollout(Request(task, config.responses), engine, FakeSandbox(),
+                                       prompter, RolloutConfig(), pool))
+                group = results[-1].group
+                in_flight = {t.id for t in tasks[len(results):]}
+                admitted, evicted = buffer.add(group, sampler.score, in_flight)
+                sampler.update(task.id, group.rewards)
+                curriculum.follow(group.rewards, admitted, evicted)
+            rows.append(batch_metrics(results, learner.version))
+            if sequences := make_batch(results, config):
+                rows[-1] |= learner.step(sequences)
+            engine.version = learner.version
+    return rows, buffer
+
+
+def without_times(rows):
+    return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
+
+
+def test_staleness_zero_equals_a_synchronous_loop():
+    config = make_config(max_staleness=0, steps=20)
+    rows, curriculum = run_async(config, threads=1)
+    expected, buffer = run_synchronous(config)
+    assert without_times(rows) == without_times(expected)
+    assert list(curriculum.buffer.tasks) == list(buffer.tasks)
+    assert {row["staleness_max"] for row in rows} == {0}
+    assert len({row["loss"] for row in rows}) == len(rows)  # the comparison compares something
+
+
+@pytest.mark.parametrize("stale", ["wait", "drop"])
+@pytest.mark.parametrize("eta", [1, 2])
+def test_no_group_is_older_than_eta(stale, eta):
+    config = make_config(max_staleness=eta, steps=25, stale=stale)
+    rows, curriculum = run_async(config, threads=5, delay=0.01)
+    assert max(row["staleness_max"] for row in rows) <= eta
+    assert any(row["staleness_max"] > 0 for row in rows)  # it did run ahead
+    if stale == "wait":
+        assert curriculum.dropped == 0
+        assert curriculum.buffer.sequence == config.steps * config.groups  # nothing is lost
+
+
+def test_the_learner_waits_for_a_straggler():
+    config = make_config(max_staleness=1)
+    curriculum = make_curriculum(config)
+    with curriculum.changed:
+        curriculum.hand_out()
+    requests = [curriculum.tasks.get() for _ in range(6)]  # (0 + 1 + 1) * 3
+    assert curriculum.tasks.empty()
+    engine, pool = FakeEngine(), ThreadPoolExecutor(1)
+    results = [rollout(r, engine, FakeSandbox(), FakePrompter(COMPETITIONS), RolloutConfig(), pool)
+               for r in requests]
+    straggler = results.pop(0)
+
+    def give(result):
+        with curriculum.changed:
+            curriculum.receive(result)
+
+    for result in results[:3]:
+        give(result)
+    assert curriculum.batch_is_ready()  # the straggler may still be learnt from at version 1
+    assert len(curriculum.next_batch()) == 3
+    engine.version = 1
+    curriculum.stepped(1)
+    for result in results[3:]:
+        give(result)
+    for request in [curriculum.tasks.get() for _ in range(3)]:
+        give(rollout(request, engine, FakeSandbox(), FakePrompter(COMPETITIONS), RolloutConfig(),
+                     pool))
+    assert not curriculum.batch_is_ready()  # five are ready, but it would be too old afterwards
+    give(straggler)
+    assert curriculum.batch_is_ready()
+    assert straggler in curriculum.next_batch()
+
+
+def test_groups_without_signal_are_not_trained_on_but_count():
+    config = make_config(steps=3)
+
+    class Dull(FakeSandbox):
+        def run(self, competition, code, timeout=None):
+            return super().run(competition, "quality = -1")
+
+    curriculum, engine = make_curriculum(config), FakeEngine()
+    worker = RolloutWorker(curriculum.tasks, curriculum.results, engine, Dull(),
+                           FakePrompter(COMPETITIONS), RolloutConfig(), 2, 2, curriculum.fail)
+    curriculum.start()
+    for _ in range(3):
+        results = curriculum.next_batch()
+        assert make_batch(results, config) == []
+        assert batch_metrics(results, 0)["groups_trained"] == 0
+        curriculum.stepped(0)  # skipped: the version stays
+    assert curriculum.handed == 0 and curriculum.issued == 9
+    assert curriculum.buffer.sequence == 9
+    curriculum.tasks.put(None)
+    worker.join()
+
+
+def test_a_failing_rollout_stops_the_learner():
+    config = make_config()
+    curriculum = make_curriculum(config)
+
+    class Broken(FakeEngine):
+        def generate(self, *args, **kwargs):
+            raise RuntimeError("engine is gone")
+
+    start_workers(curriculum, Broken(), 2)
+    curriculum.start()
+    with pytest.raises(RuntimeError, match="engine is gone"):
+        curriculum.next_batch()
+
+
+def test_checkpoint_goes_on_like_the_uninterrupted_run(tmp_path):
+    """Save in the middle, load into fresh objects, compare all that follows (synchronous, so that
+    the order of events is defined)."""
+    config = make_config(max_staleness=0, steps=10)
+    full, _ = run_async(config, threads=1)
+
+    def loop(curriculum, engine, learner, steps):
+        worker = start_workers(curriculum, engine, 1)
+        curriculum.start()
+        rows = []
+        for _ in range(steps):
+            results = curriculum.next_batch()
+            rows.append(batch_metrics(results, learner.version))
+            if sequences := make_batch(results, config):
+                rows[-1] |= learner.step(sequences)
+            engine.version = learner.version
+            if len(rows) < steps:
+                curriculum.stepped(learner.version)
+        curriculum.stopped = True
+        curriculum.stepped(learner.version)  # nothing is handed out any more
+        curriculum.tasks.put(None)
+        worker.join()
+        curriculum.results.put(None)
+        return rows
+
+    first, learner = make_curriculum(config), FakeLearner()
+    rows = loop(first, FakeEngine(), learner, 4)
+    state = json.loads(json.dumps({"epoch": 0, **first.state_dict()}))
+    second, engine = make_curriculum(config), FakeEngine()
+    second.load_state_dict(state)
+    assert second.epoch == 1
+    engine.version = learner.version
+    rows += loop(second, engine, learner, 6)
+    assert without_times(rows) == without_times(full)
+
+
+def test_in_flight_tasks_are_handed_out_again():
+    config = make_config()
+    curriculum = make_curriculum(config)
+    with curriculum.changed:
+        curriculum.hand_out()
+    state = json.loads(json.dumps({"epoch": 0, **curriculum.state_dict()}))
+    resumed = make_curriculum(config)
+    resumed.load_state_dict(state)
+    again = [resumed.tasks.get_nowait() for _ in range(resumed.tasks.qsize())]
+    assert {r.task.id for r in again} == set(curriculum.in_flight)
+    assert {r.epoch for r in again} == {1}
+    assert resumed.handed == curriculum.handed
+
+
+# -- command line
+
+
+def test_flags_win_over_presets_and_presets_over_defaults():
+    assert parse_config(["--preset", "small"])[0].responses == 8
+    assert parse_config(["--preset", "small", "--responses", "5"])[0].responses == 5
+    assert not parse_config(["--preset", "tiny", "--no-buffer"])[0].buffer
+
+
+def test_every_field_is_documented_in_help(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse_config(["--help"])
+    assert end.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for field in dataclasses.fields(Config):
+        assert "--" + field.name.replace("_", "-") in text
+        assert field.metadata["help"].split("(")[0][:40].split("  ")[0].strip()[:25] in text
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--competitions", "/nowhere"], ["/nowhere"]),
+    (["--model", "/nowhere/at/all"], ["--model", "/nowhere/at/all"]),
+    (["--learner-ranks", "1", "--responses", "1"], ["--responses"]),
+    (["--epsilon", "2"], ["--epsilon"]),
+    (["--max-response-tokens", "5000"], ["--max-response-tokens", "--max-model-len"]),
+    (["--resume", "/nowhere"], ["--resume", "/nowhere"]),
+])
+def test_bad_input_is_one_line_and_status_2(arguments, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert train.main(["--preset", "tiny", *arguments]) == 2
+    error = capsys.readouterr().err.strip()
+    assert len(error.splitlines()) == 1
+    for word in words:
+        assert word in error
+
+
+def test_learner_ranks_must_leave_one_that_rolls_out():
+    with pytest.raises(UserError, match="--learner-ranks 2"):
+        train.validate(make_config(learner_ranks=2), world_size=2)
+
+
+def test_unknown_value_of_a_flag_exits_2(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse_config(["--sampler", "best"])
+    assert end.value.code == 2
+    assert "--sampler" in capsys.readouterr().err
+
+
+def test_a_model_without_tokenizer_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="no tokenizer"):
+        train.check_model(str(tmp_path))
+
+
+# -- queues
+
+
+def test_queues_reach_other_processes_and_need_the_key():
+    server = train.QueueServer()
+    connect = train.connect_queues(server.address, server.key)
+    connect("tasks").put(np.arange(3))
+    assert server("tasks").get().tolist() == [0, 1, 2]
+    got = []
+    waiting = threading.Thread(target=lambda: got.append(connect("results").get()))
+    waiting.start()
+    server("results").put("late")
+    waiting.join(10)
+    assert got == ["late"]
+    from multiprocessing import AuthenticationError
+
+    with pytest.raises(AuthenticationError):
+        train.connect_queues(server.address, b"another key")
