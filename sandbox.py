@@ -224,7 +224,8 @@ class Competition:
             score = self.grader(frame, self._answers.copy())
             score = math.nan if score is None else float(score)
         except Exception as error:  # the grader refuses by raising, each competition in its own words
-            return Grade(False, reason=_one_line(f"the grader refused the submission: {error or type(error).__name__}"))
+            said = str(error) if " " in str(error) else f"{type(error).__name__}: {error}"
+            return Grade(False, reason=_one_line(f"the grader refused the submission: {said}"))
         if not math.isfinite(score):
             return Grade(False, reason=f"the grader returned {score}, which is not a finite score")
 
@@ -817,6 +818,7 @@ def _become_script(code: str, seed: int) -> int:
     os.environ.update(HOME=cwd, TMPDIR=f"{cwd}/tmp", MPLCONFIGDIR=f"{cwd}/tmp", XDG_CACHE_HOME=f"{cwd}/tmp")
     with open("script.py", "w", encoding="utf-8") as file:
         file.write(code)
+    tempfile.tempdir = None  # the fork server's choice, if it made one
     random.seed(seed)  # a fork inherits its parent's generators: without seeds every run would draw the same
     np.random.seed(seed)
     if "torch" in sys.modules:
@@ -1532,7 +1534,8 @@ class Sandbox:
         if killed == "refused":
             return "refused", f"isolation failed: {facts['said'] or 'the worker died while it was set up'}"
         if killed in ("lost", "orphaned"):
-            return "error", facts["said"] if killed == "lost" else "the sandbox was closed in the middle of the run"
+            what = "the sandbox was closed" if self._closed else "the sandbox process was killed"
+            return "error", facts["said"] if killed == "lost" else f"{what} in the middle of the run"
         if killed == "timeout":
             return "timeout", f"stopped at the wall-clock limit after {facts['seconds']:.1f} s"
         if killed == "cpu" or exit_code == -signal.SIGXCPU:
@@ -1560,7 +1563,9 @@ class Sandbox:
         while not self._closed:
             control = self._start()
             with self._changed:
-                if control and not self._closed:
+                if control and self._closed:  # while it was starting
+                    control.shutdown(socket.SHUT_RDWR)
+                elif control:
                     failures, self._control, self.problem = 0, control, self.hello["problem"]
                 elif not self._closed:
                     failures += 1

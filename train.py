@@ -285,9 +285,9 @@ class Curriculum:
 
     The staleness rule. With learner version i, another task is handed out only while
     n < (i + eta + 1) * B, n being the groups handed out that were or may still be trained on.
-    A group handed out at version v is learnt from at version v + eta at the latest: a `next_batch`
-    that would leave a group of version i - eta behind waits for it (`stale=wait`), or lets it go
-    and never trains on it (`stale=drop`). There are at most B such groups, so they fit the batch.
+    A group handed out at version v is learnt from at version v + eta at the latest: `next_batch`
+    waits for groups in flight that would otherwise become too old (`stale=wait`), or they are let
+    go and never trained on (`stale=drop`).
 
     One thread (`run`) reads the results; the learner calls `next_batch` and `stepped`. Everything
     is under one lock, which is never held while waiting for a queue or a collective.
@@ -398,7 +398,7 @@ class Curriculum:
     # -- the learner's side
 
     def next_batch(self) -> list[Result]:
-        """Wait for B groups that are young enough, and for those that would become too old."""
+        """Wait for a batch: the B oldest groups, see `batch_is_ready`."""
         with self.changed:
             self.hand_out()
             self.changed.wait_for(lambda: self.error or self.batch_is_ready())
@@ -409,10 +409,19 @@ class Curriculum:
             return batch
 
     def batch_is_ready(self) -> bool:
-        if len(self.ready) < self.config.groups:
-            return False
-        oldest = self.version - self.config.max_staleness
-        return self.config.stale == "drop" or not any(v <= oldest for v in self.in_flight.values())
+        """Whether the B oldest finished groups may be learnt from now.
+
+        With `wait`, what they leave behind must still be young enough when its turn comes: in order
+        of age, the k-th group left is learnt from at version i + 1 + k // B at best. Taking young
+        groups early would push an old one, that is still in flight, over the limit.
+        """
+        config = self.config
+        if len(self.ready) < config.groups or config.stale == "drop":
+            return len(self.ready) >= config.groups
+        left = [r.group.policy_version for r in self.ready[config.groups:]]
+        left = sorted(left + list(self.in_flight.values()))
+        return all(self.version + 1 + k // config.groups - version <= config.max_staleness
+                   for k, version in enumerate(left))
 
     def stepped(self, version: int) -> None:
         """The learner has taken a step, or skipped it when `version` has not changed."""
