@@ -29,6 +29,7 @@ the metrics and tokens per second.
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import math
 import os
@@ -57,7 +58,7 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 
 import grpo
@@ -265,10 +266,10 @@ def block_causal_attention(
 ) -> tuple[Tensor, None]:
     """Attention within the segments of a packed row, registered with transformers.
 
-    On CUDA in half precision one variable-length FlashAttention call, elsewhere one exact
-    scaled_dot_product_attention a segment: linear in the row, quadratic in a sequence only.
-    Grouped-query attention and sliding windows are honoured. There is no dropout here: the ratio
-    compares the very function that sampled.
+    On CUDA in half precision one variable-length FlashAttention call (on the meta device too,
+    where `memory_plan` counts), elsewhere one exact scaled_dot_product_attention a segment:
+    linear in the row, quadratic in a sequence only. Grouped-query attention and sliding windows
+    are honoured. There is no dropout here: the ratio compares the very function that sampled.
 
     Args:
         query: (1, heads, T, D); key, value: (1, kv heads, T, D).
@@ -279,7 +280,8 @@ def block_causal_attention(
     if softcap is not None or s_aux is not None:
         raise NotImplementedError(f"{type(module).__name__} needs soft-capped logits or attention "
                                   "sinks, which block-causal attention does not compute")
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    if query.is_meta or (query.is_cuda and half):
         return _varlen_attention(query, key, value, segments, scaling, sliding_window), None
     gqa = query.shape[1] != key.shape[1]
     # split, not slices: its backward is one concatenation, a slice's is a zero tensor of the row.
@@ -485,7 +487,8 @@ def shard(policy: Policy, config: LearnerConfig, device: torch.device, mesh: Dev
         mesh=mesh,
         mp_policy=MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if half else None, reduce_dtype=torch.float32),
-        offload_policy=CPUOffloadPolicy() if config.cpu_offload else OffloadPolicy(),
+        offload_policy=CPUOffloadPolicy(pin_memory=device.type == "cuda")
+        if config.cpu_offload else OffloadPolicy(),
     )
     policy.to("meta")
     policy.model.tie_weights()
@@ -810,6 +813,116 @@ def replace_directory(new: Path, directory: Path) -> None:
         directory.rename(old)
     new.rename(directory)
     shutil.rmtree(old, ignore_errors=True)
+
+
+# ----------------------------------------------------------------------------- memory plan
+
+
+def memory_plan(
+    model: str | os.PathLike | PreTrainedConfig, config: LearnerConfig, ranks: int,
+    prompt_tokens: int = 1, memory_bytes: int | None = None,
+) -> dict[str, int]:
+    """What one learner rank needs, before anything is allocated.
+
+    The model is built on the meta device. Activations are what autograd would save for a row of
+    `config.token_budget` tokens; they are counted on one and on two layers, whose difference is a
+    layer, since that is exact and quick for any depth.
+
+    Args:
+        model: a model directory, or its transformers configuration.
+        ranks: learner ranks that share the states.
+        prompt_tokens: of the groups in the row; their responses have `max_response_tokens`.
+        memory_bytes: what a rank has.
+
+    Returns:
+        bytes: `parameters`, `gradients`, `optimizer` (float32 shards), `reference`; `gathered`,
+        parameters and gradients of the layers in flight; `activations`; `head`, chunks of logits
+        and the head's gradient; `total` of these on the device. `host`: in the memory of the
+        first rank's node while it reads the model, and with cpu_offload every rank's states.
+        `parameter_count` is a number, not bytes.
+
+    Raises:
+        ValueError: when total exceeds memory_bytes; it names the parts and what would help.
+    """
+    hf_config = model if isinstance(model, PreTrainedConfig) else AutoConfig.from_pretrained(model)
+    check_supported(hf_config)
+    dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+    with torch.device("meta"):
+        whole = AutoModelForCausalLM.from_config(hf_config)
+    count = sum(p.numel() for p in whole.parameters())
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in whole.base_model.layers]
+    layer, root = max(layers), count - sum(layers)
+    shard_count = -(-count // ranks)
+    states = {"parameters": 4 * shard_count, "gradients": 4 * shard_count,
+              "optimizer": 8 * shard_count,
+              "reference": 4 * shard_count if config.kl_coef > 0 else 0}
+    if ranks == 1:  # autocast keeps a copy of every weight that it has cast
+        gathered = 2 * count if config.dtype == "bfloat16" else 0
+    else:  # the root stays, a layer is in use and the next is on its way, twice with a reference
+        models = 2 if config.kl_coef > 0 else 1
+        gathered = models * (root + 2 * layer) * dtype.itemsize
+        gathered += max(layer, root) * (dtype.itemsize + 4)  # a gradient, and its float32 copy
+    one, two = (saved_bytes(hf_config, n, config, prompt_tokens, dtype) for n in (1, 2))
+    width = config.token_budget * hf_config.hidden_size * dtype.itemsize  # a layer's input
+    if config.activation_checkpointing:  # every layer's input, and one layer computed again
+        activations = one + width * len(layers)
+    else:
+        activations = one + (two - one) * (len(layers) - 1)
+    head = 4 * hf_config.vocab_size * (3 * 1024 + hf_config.hidden_size)
+    plan = {**states, "gathered": gathered, "activations": activations, "head": head}
+    host = 4 * count
+    if config.cpu_offload:
+        host += sum(states.values())
+        plan.update(dict.fromkeys(states, 0))
+    plan["total"] = sum(plan.values())
+    plan.update(host=host, parameter_count=count)
+    if memory_bytes is not None and plan["total"] > memory_bytes:
+        parts = ", ".join(f"{name} {plan[name] / 2**30:.1f}" for name in
+                          (*states, "gathered", "activations", "head"))
+        raise ValueError(
+            f"a learner rank needs {plan['total'] / 2**30:.1f} GiB and has "
+            f"{memory_bytes / 2**30:.1f} ({parts}): use more learner ranks, "
+            "activation_checkpointing, a smaller token_budget, or cpu_offload")
+    return plan
+
+
+def saved_bytes(
+    hf_config: PreTrainedConfig, layers: int, config: LearnerConfig, prompt_tokens: int,
+    dtype: torch.dtype,
+) -> int:
+    """Bytes that autograd saves in the forward pass of a full row, on the meta device, without
+    activation checkpointing, of a model cut to `layers` layers; parameters are not counted."""
+    if getattr(hf_config, "num_experts", None) and dtype == torch.float32:
+        # The grouped product of experts takes bfloat16 only there: twice that is the upper bound.
+        return 2 * saved_bytes(hf_config, layers, config, prompt_tokens, torch.bfloat16)
+    cut = copy.deepcopy(hf_config)
+    cut.num_hidden_layers = layers
+    if getattr(cut, "layer_types", None):
+        cut.layer_types = cut.layer_types[:layers]
+    device = torch.device("meta")
+    with device:
+        model = AutoModelForCausalLM.from_config(cut, dtype=dtype, attn_implementation=ATTENTION)
+    policy = Policy(model.train(), config.temperature)
+    response = min(config.max_response_tokens or config.token_budget, config.token_budget)
+    prompt_tokens = max(min(prompt_tokens, config.token_budget - response + 1), 1)
+    # A response adds all but its last token to the row.
+    group = max((config.token_budget - prompt_tokens) // max(response - 1, 1), 1)
+    sequence = Sequence(np.zeros(prompt_tokens + response, np.int32), prompt_tokens,
+                        np.zeros(response, np.float32), 0.0)
+    batch = MicroBatch.build([sequence] * group, device, config.share_prompts)
+    parameters = {p.untyped_storage()._cdata for p in policy.parameters()}
+    saved: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in parameters:
+            saved[storage._cdata] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        policy(batch)
+    scale = config.token_budget / batch.tokens.numel()  # the row is filled with whole responses
+    return int(scale * sum(tensor.untyped_storage().nbytes() for tensor in saved.values()))
 
 
 def main() -> None:

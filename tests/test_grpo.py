@@ -4,8 +4,10 @@ Run: python -m pytest tests/test_grpo.py
 """
 
 import ast
+import collections
 import doctest
 import math
+import types
 import weakref
 from pathlib import Path
 
@@ -168,6 +170,59 @@ def test_proximal_equal_to_the_policy_leaves_only_the_truncated_weight():
     ratio = (data["logprobs"] - data["behavior_logprobs"]).exp()[data["mask"]]
     assert metrics["clip_frac"] == 0
     assert metrics["is_ratio_mean"] == pytest.approx(ratio.clamp(max=1.05).mean().item())
+
+
+@pytest.mark.parametrize("weighting", ["plain", "truncated"])
+@pytest.mark.parametrize("kind", grpo.LOSSES)
+def test_loss_and_gradient_equal_trl(kind, weighting):
+    """TRL's own GRPOTrainer._compute_loss, given our log-probabilities, in float64."""
+    trl = pytest.importorskip("trl", reason="TRL is not installed: pip install trl==1.16.0 into a "
+                                            "venv of its own to compare the losses with it")
+    proximal, cap = WEIGHTINGS[weighting]
+    if kind == "gspo" and proximal:
+        pytest.skip("TRL truncates gspo's weight by token, we by sequence")
+    for seed in range(3):
+        ours, theirs = batch(seed), batch(seed)
+        for data in (ours, theirs):
+            data["logprobs"].requires_grad_()
+        loss, metrics = our_loss(ours, kind, proximal, cap, clip_low=0.15, clip_high=0.28)
+        loss.backward()
+        trainer, inputs = trl_trainer(theirs, kind, proximal, cap, 0.15, 0.28)
+        other = trl.GRPOTrainer._compute_loss(trainer, None, inputs)
+        other.backward()
+        assert abs(loss.item() - other.item()) < 1e-6
+        assert (ours["logprobs"].grad - theirs["logprobs"].grad).abs().max() < 1e-6
+        if kind in ("grpo", "dr_grpo", "dapo"):
+            reported = trainer._metrics["train"]
+            for mine, name in [("clip_frac_low", "low_mean"), ("clip_frac_high", "high_mean")]:
+                assert metrics[mine] == pytest.approx(reported[f"clip_ratio/{name}"][0], abs=1e-6)
+
+
+def trl_trainer(data: dict, kind: str, proximal: bool, cap: float | None, low: float, high: float):
+    """What GRPOTrainer._compute_loss (TRL 1.16) reads of its trainer, and its inputs."""
+    old = data["proximal_logprobs" if proximal else "behavior_logprobs"]  # (N, T)
+    weight = (old - data["behavior_logprobs"]).exp().clamp(max=cap) if proximal else None  # (N, T)
+    mask = data["mask"].double()  # (N, T)
+    ids = torch.zeros(N, T, dtype=torch.long)
+    trainer = types.SimpleNamespace(
+        aux_loss_enabled=False, top_entropy_quantile=1.0, off_policy_mask_threshold=None,
+        importance_sampling_level="sequence" if kind == "gspo" else "token", beta=0.0,
+        loss_type="grpo" if kind == "gspo" else kind, epsilon_low=low,
+        epsilon_high=1 + high if kind == "cispo" else high, use_vllm=proximal,
+        vllm_importance_sampling_correction=proximal, model=types.SimpleNamespace(training=True),
+        current_gradient_accumulation_steps=1, max_completion_length=T,
+        args=types.SimpleNamespace(delta=None, use_bias_correction_kl=False,
+                                   steps_per_generation=1),
+        accelerator=types.SimpleNamespace(
+            num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x),
+        _entropy_bonus_enabled=False, _metrics={"train": collections.defaultdict(list)},
+        _get_per_token_logps_and_entropies=lambda *args, **options: (
+            data["logprobs"], torch.zeros(N, T), None),
+    )
+    inputs = dict(prompt_ids=ids, prompt_mask=ids, completion_ids=ids, completion_mask=mask,
+                  advantages=data["advantages"], old_per_token_logps=old,
+                  importance_sampling_ratio=weight, num_items_in_batch=mask.sum())
+    return trainer, inputs
 
 
 def test_refusals():

@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -277,7 +278,7 @@ def test_the_cut_of_the_batch_changes_nothing(models, loss):
         whole = whole or metrics
         for key in ("kl", "kl_ref", "clip_frac", "entropy", "ess", "logprob_diff", "grad_norm"):
             assert metrics[key] == pytest.approx(whole[key], rel=1e-4), (name, key)
-    assert counts["one row"] == 1 and counts["two"] == 2 and counts["seven"] >= 5
+    assert counts["one row"] == 1 and counts["two"] == 2 and counts["seven"] == 7
 
 
 def alone_entropy(model, sequence: L.Sequence) -> torch.Tensor:
@@ -481,6 +482,73 @@ def test_a_loaded_learner_goes_on_bit_for_bit(models, tmp_path):
     assert all(torch.equal(expected[n], p) for n, p in parameters(again).items())
 
 
+# ----------------------------------------------------------------------------- memory plan
+
+
+@pytest.mark.parametrize("lean", [False, True])
+@pytest.mark.parametrize("family", ["qwen3", "gemma3", "qwen3_moe"])
+def test_memory_plan_counts_what_autograd_saves(models, tmp_path, family, lean):
+    """Against a real forward pass of four layers on a full row."""
+    source = json.loads((models[family] / "config.json").read_text())
+    source.update(num_hidden_layers=4, layer_types=source.get("layer_types", []) * 2 or None)
+    source = {key: value for key, value in source.items() if value is not None}
+    (tmp_path / "config.json").write_text(json.dumps(source))
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path)).save_pretrained(tmp_path)
+    config = make_config(token_budget=400, max_response_tokens=20, activation_checkpointing=lean)
+    plan = L.memory_plan(tmp_path, config, ranks=1, prompt_tokens=20)
+
+    learner = L.Learner(tmp_path, config, device="cpu")
+    owned = {p.untyped_storage()._cdata for p in learner.policy.parameters()}
+    assert plan["parameter_count"] == sum(p.numel() for p in learner.policy.parameters())
+    sequence = L.Sequence(np.arange(40, dtype=np.int32) % 9, 20, np.zeros(20, np.float32), 0.0)
+    batch = L.MicroBatch.build([sequence] * 20, learner.device)
+    assert batch.tokens.numel() == 400
+    saved = {}
+
+    def keep(tensor):
+        saved[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        learner.policy(batch)
+    measured = sum(t.untyped_storage().nbytes() for key, t in saved.items() if key not in owned)
+    if lean:  # backward computes one layer again on top of what it kept
+        assert measured <= plan["activations"] < L.memory_plan(
+            tmp_path, make_config(token_budget=400, max_response_tokens=20), 1, 20)["activations"]
+    elif family == "qwen3_moe":  # in float32 an upper bound
+        assert measured <= plan["activations"] <= 1.6 * measured
+    else:
+        assert measured == pytest.approx(plan["activations"], rel=0.1)
+
+
+def test_memory_plan_of_thirty_billion_parameters():
+    moe = Qwen3MoeConfig(
+        vocab_size=151_936, hidden_size=2048, num_hidden_layers=48, num_attention_heads=32,
+        num_key_value_heads=4, head_dim=128, num_experts=128, num_experts_per_tok=8,
+        moe_intermediate_size=768)
+    config = make_config(dtype="bfloat16", token_budget=16_384, max_response_tokens=8192,
+                         activation_checkpointing=True)
+    plan = L.memory_plan(moe, config, ranks=16, prompt_tokens=4096, memory_bytes=80 << 30)
+    assert 30e9 < plan["parameter_count"] < 31e9
+    assert plan["parameters"] == pytest.approx(4 * 30.5e9 / 16, rel=0.01)
+    assert plan["optimizer"] == 2 * plan["parameters"] == 2 * plan["gradients"]
+    parts = ("parameters", "gradients", "optimizer", "reference", "gathered", "activations", "head")
+    assert plan["total"] == sum(plan[part] for part in parts) < 80 << 30
+    with pytest.raises(ValueError, match="needs .* GiB and has 80.0 .*more learner ranks"):
+        L.memory_plan(moe, config, ranks=2, prompt_tokens=4096, memory_bytes=80 << 30)
+
+
+@pytest.mark.long
+def test_compiled_layers_give_the_same_gradient(models):
+    sequences = make_sequences()
+    plain = L.Learner(models["qwen3"], make_config(), device="cpu")
+    fast = L.Learner(models["qwen3"], make_config(compile=True), device="cpu")
+    one, gradient = step_gradient(plain, sequences)
+    two, found = step_gradient(fast, sequences)
+    assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
+    assert_same_gradient(gradient, found, 1e-4)
+
+
 def test_docstring_examples():
     result = doctest.testmod(L)
     assert result.attempted >= 1 and result.failed == 0
@@ -494,6 +562,7 @@ DISTRIBUTED = {  # name -> (family, changes of the configuration)
     "untied": ("qwen3_untied", dict(kl_coef=0.05)),
     "window": ("gemma3", dict(activation_checkpointing=True)),
     "experts": ("qwen3_moe", dict(loss="gspo")),
+    "offload": ("qwen3", dict(cpu_offload=True)),
 }
 
 
@@ -562,7 +631,8 @@ def reports(directory: Path) -> list[dict]:
 @pytest.mark.parametrize("name", DISTRIBUTED)
 def test_two_ranks_equal_one(two_ranks, tmp_path, name):
     family, changes = DISTRIBUTED[name]
-    one = L.Learner(two_ranks / "models" / family, make_config(**changes), device="cpu")
+    config = make_config(**{**changes, "cpu_offload": False})  # that is FSDP's
+    one = L.Learner(two_ranks / "models" / family, config, device="cpu")
     metrics = train(one)
     first, second = reports(two_ranks)
     assert first[name] == second[name]  # the same numbers on every rank
