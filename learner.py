@@ -283,7 +283,18 @@ def block_causal_attention(
     half = query.dtype in (torch.bfloat16, torch.float16)
     if query.is_meta or (query.is_cuda and half):
         return _varlen_attention(query, key, value, segments, scaling, sliding_window), None
-    gqa = query.shape[1] != key.shape[1]
+    # Float32 also under autocast: on a CPU the bfloat16 kernel's backward is three times slower.
+    with torch.autocast(query.device.type, enabled=False):
+        out = _segment_attention(*(x.float() for x in (query, key, value)), segments, scaling,
+                                 sliding_window)  # (1, T, heads, D)
+    return out.to(query.dtype), None
+
+
+def _segment_attention(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float | None,
+    window: int | None,
+) -> Tensor:
+    """One scaled_dot_product_attention a segment. Returns (1, T, heads, D)."""
     # split, not slices: its backward is one concatenation, a slice's is a zero tensor of the row.
     queries = query.split(segments.sizes, dim=2)  # (1, heads, t, D) each
     keys = key.split(segments.sizes, dim=2)  # (1, kv heads, t, D) each
@@ -294,15 +305,14 @@ def block_causal_attention(
         if parent >= 0:
             k = torch.cat((keys[parent], k), dim=2)  # (1, kv heads, span, D)
             v = torch.cat((values[parent], v), dim=2)  # (1, kv heads, span, D)
-        window = sliding_window if sliding_window is not None and sliding_window < span else None
         mask = None
-        if parent >= 0 or window is not None:
+        if parent >= 0 or (window is not None and window < span):
             mask = segments.mask(window, query)[span - size : span, :span]  # (t, span)
         out = F.scaled_dot_product_attention(
             queries[i], k, v, attn_mask=mask, is_causal=mask is None, scale=scaling,
-            enable_gqa=gqa)  # (1, heads, t, D)
+            enable_gqa=query.shape[1] != key.shape[1])  # (1, heads, t, D)
         outputs.append(out.transpose(1, 2))  # (1, t, heads, D)
-    return torch.cat(outputs, dim=1), None  # (1, T, heads, D)
+    return torch.cat(outputs, dim=1)  # (1, T, heads, D)
 
 
 def _varlen_attention(
