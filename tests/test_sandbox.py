@@ -14,6 +14,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import tracemalloc
@@ -33,6 +34,7 @@ from sandbox import (
 from test_sandbox_attacks import make_competition
 
 FUZZ = int(os.environ.get("FUZZ", "300"))
+LIGHT = {"preload": ("numpy",)}  # a fork server that starts at once
 GOOD = "import shutil; shutil.copy('input/sample_submission.csv', 'submission.csv')\n"
 
 
@@ -45,13 +47,13 @@ def competition(tmp_path):
 def shared(tmp_path_factory):
     """One sandbox and one competition for the tests that do not mind company."""
     competition = make_competition(tmp_path_factory.mktemp("shared"))
-    with Sandbox(slots=2, timeout=60, cpu_seconds=30) as sandbox:
+    with Sandbox(slots=2, timeout=300, cpu_seconds=60) as sandbox:
         if sandbox.problem:
             pytest.skip(sandbox.problem)
         yield lambda code, **options: sandbox.run(competition, code, **options)
 
 
-def wait_until(condition, seconds: float = 30.0) -> bool:
+def wait_until(condition, seconds: float = 120.0) -> bool:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if condition():
@@ -302,7 +304,7 @@ def test_heavy_submissions_are_cheap(name):
     rows = 270_000 if "legitimate" in name else 1000
     sample = Sample(("id", "y"), () if name.endswith("text") else ("y",), rows, 6_000_000)
     seconds = []
-    for measure_memory in (False, False, False, True):
+    for measure_memory in (*[False] * (3 if "FUZZ" in os.environ else 0), True):
         if measure_memory:
             tracemalloc.start()
         start = time.process_time()
@@ -316,7 +318,7 @@ def test_heavy_submissions_are_cheap(name):
     tracemalloc.stop()
     assert peak < 100e6
     if "FUZZ" in os.environ:
-        assert min(seconds[:3]) <= 0.2
+        assert min(seconds[:-1]) <= 0.2
 
 
 def test_a_submission_in_every_accepted_form():
@@ -422,7 +424,7 @@ def test_a_good_script(shared):
     run = shared(GOOD + "print('validation score: 0.75')\nprint('Validation Score: -1.5e-1 ')")
     assert (run.status, run.exit_code, run.valid, run.score, run.medal) == ("ok", 0, True, 0.5, "none")
     assert run.validation_score == -0.15 and run.submission.startswith(b"id,y\n") and run.isolation == "landlock+seccomp"
-    assert run.human_rank == pytest.approx(0.5) and 0 < run.seconds < 60 and 0 < run.cpu_seconds < 30
+    assert run.human_rank == pytest.approx(0.5) and 0 < run.seconds < 300 and 0 < run.cpu_seconds < 60
 
 
 def test_traceback_shows_the_script_and_nothing_else(shared):
@@ -474,9 +476,9 @@ def test_limits_tell_wall_from_cpu(shared, competition):
     run = shared("import time; print('begun'); time.sleep(60)", timeout=0.5)
     assert run.status == "timeout" and "wall-clock" in run.reason and run.stdout_tail == "begun\n"
     assert run.seconds >= 0.5 and run.cpu_seconds < 0.5
-    with Sandbox(1, timeout=120, cpu_seconds=0.5) as sandbox:
+    with Sandbox(1, timeout=600, cpu_seconds=0.5, **LIGHT) as sandbox:
         run = sandbox.run(competition, "while True: pass")
-    assert run.status == "timeout" and "CPU" in run.reason and run.cpu_seconds >= 0.4 and run.seconds < 100
+    assert run.status == "timeout" and "CPU" in run.reason and run.cpu_seconds >= 0.4
 
 
 def test_a_flood_is_cut_with_both_ends_kept(shared):
@@ -507,10 +509,10 @@ def test_nothing_passes_from_run_to_run(shared):
 
 
 def test_refusals(competition, tmp_path):
-    with Sandbox(1, layers=("landlock",)) as sandbox:
+    with Sandbox(1, layers=("landlock",), **LIGHT) as sandbox:
         run = sandbox.run(competition, GOOD)
-        assert run.status == "refused" and "layers" in run.reason and not run.valid
-    with Sandbox(1, layers=(), unsafe=True) as sandbox:
+        assert run.status == "refused" and "seccomp was switched off" in run.reason and not run.valid
+    with Sandbox(1, layers=(), unsafe=True, **LIGHT) as sandbox:
         run = sandbox.run(competition, GOOD)
         assert run.status == "ok" and run.isolation == "unsafe (nothing)"
     assert sandbox.run(competition, GOOD).status == "refused"
@@ -522,7 +524,7 @@ def test_refusals(competition, tmp_path):
 def test_answers_where_scripts_may_read_are_refused(competition):
     from dataclasses import replace
 
-    with Sandbox(1) as sandbox:
+    with Sandbox(1, **LIGHT) as sandbox:
         inside = replace(competition, answers=competition.public_dir / "train.csv")
         assert "scripts may read" in sandbox.run(inside, GOOD).reason
         bundled = replace(competition, answers=Path(np.__file__).resolve())
@@ -552,13 +554,13 @@ MIXTURE = [
 
 def test_32_runs_at_the_same_time_are_told_apart(competition):
     limits = os.getpriority(os.PRIO_PROCESS, 0), os.sched_getaffinity(0), len(os.listdir("/proc/self/fd"))
-    with Sandbox(8, timeout=3.0, cpu_seconds=20.0, memory_mb=400) as sandbox, ThreadPoolExecutor(32) as pool:
+    with Sandbox(8, timeout=3.0, cpu_seconds=20.0, memory_mb=400, **LIGHT) as sandbox, ThreadPoolExecutor(32) as pool:
         root = Path(sandbox.hello["root"])
         descriptors = len(os.listdir("/proc/self/fd"))
 
         def one(i: int) -> Execution:
             kind, code, _ = MIXTURE[i % len(MIXTURE)]
-            return sandbox.run(competition, f"NAME = 'run-{i}'\nprint(NAME)\n{code}", timeout=30.0 if kind in ("good", "memory bomb") else 3.0)
+            return sandbox.run(competition, f"NAME = 'run-{i}'\nprint(NAME)\n{code}", timeout=300.0 if kind in ("good", "crash", "segfault", "nothing", "memory bomb") else 3.0)
 
         runs = list(pool.map(one, range(32)))
         for i, run in enumerate(runs):
@@ -572,7 +574,7 @@ def test_32_runs_at_the_same_time_are_told_apart(competition):
 
 
 def test_nothing_grows_over_many_runs(competition):
-    with Sandbox(2) as sandbox, ThreadPoolExecutor(2) as pool:
+    with Sandbox(2, timeout=300) as sandbox, ThreadPoolExecutor(2) as pool:
         server = sandbox._process.pid
 
         def state() -> tuple:
@@ -623,7 +625,7 @@ import sys, threading
 sys.path.insert(0, {here!r})
 from sandbox import *
 competition = Competition.load({directory!r})
-sandbox = Sandbox(slots=3, timeout=600, cpu_seconds=600, scratch={scratch!r})
+sandbox = Sandbox(slots=3, timeout=600, cpu_seconds=600, scratch={scratch!r}, preload=("numpy",))
 for code in ("import time; time.sleep(600)", "while True: pass", "import signal\\nfor s in (15, 1, 2): signal.signal(s, signal.SIG_IGN)\\nwhile True: pass"):
     threading.Thread(target=sandbox.run, args=(competition, code)).start()
 print(sandbox._process.pid, flush=True)
@@ -647,14 +649,14 @@ def test_killing_the_owner_ends_everything(competition, tmp_path, victim):
     if "server" not in victim:
         assert wait_until(lambda: not list(scratch.iterdir()))
     else:  # nobody is left to remove the root itself; the next sandbox does
-        with Sandbox(1, scratch=str(scratch)):
+        with Sandbox(1, scratch=str(scratch), **LIGHT):
             assert len(list(scratch.iterdir())) == 1
         assert not list(scratch.iterdir())
 
 
 @pytest.mark.parametrize("victim", ["server", "nanny", "worker"])
 def test_killing_a_part_fails_the_run_and_the_pool_goes_on(competition, tmp_path, victim):
-    with Sandbox(1, timeout=600, cpu_seconds=600, scratch=str(tmp_path)) as sandbox, ThreadPoolExecutor(1) as pool:
+    with Sandbox(1, timeout=600, cpu_seconds=600, scratch=str(tmp_path), **LIGHT) as sandbox, ThreadPoolExecutor(1) as pool:
         server = sandbox._process.pid
         future = pool.submit(sandbox.run, competition, "import time; time.sleep(600)")
         assert wait_until(lambda: len(descendants(server)) == 2)
@@ -673,7 +675,7 @@ def test_killing_a_part_fails_the_run_and_the_pool_goes_on(competition, tmp_path
 
 
 def test_closing_in_the_middle(competition):
-    sandbox = Sandbox(1, timeout=600)
+    sandbox = Sandbox(1, timeout=600, **LIGHT)
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(sandbox.run, competition, "import time; time.sleep(600)")
         assert wait_until(lambda: len(descendants(sandbox._process.pid)) == 2)
@@ -683,7 +685,7 @@ def test_closing_in_the_middle(competition):
 
 
 def test_closing_while_the_server_restarts(competition, tmp_path):
-    sandbox = Sandbox(1, scratch=str(tmp_path))
+    sandbox = Sandbox(1, scratch=str(tmp_path), **LIGHT)
     os.kill(sandbox._process.pid, signal.SIGKILL)
     assert wait_until(lambda: sandbox._control is None)
     sandbox.close()
@@ -695,6 +697,92 @@ def test_a_server_that_never_starts_is_a_problem_not_a_hang(competition, tmp_pat
     sandbox = Sandbox(1, scratch=str(tmp_path / "nowhere"))
     assert "does not start" in sandbox.problem
     assert sandbox.run(competition, GOOD).status == "refused"
+
+
+# ------------------------------------------------------------------------------------------------
+# Layers that are missing, openly or silently: patched copies of sandbox.py
+
+
+def patched(tmp_path, old: str, new: str) -> Path:
+    text = Path(module.__file__).read_text()
+    assert text.count(old) == 1
+    path = tmp_path / "sandbox.py"
+    path.write_text(text.replace(old, new))
+    return path
+
+
+NO_LANDLOCK = "        return _syscall(444, None, ctypes.c_size_t(0), ctypes.c_uint(1))\n", "        return 0\n"
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (NO_LANDLOCK, "no Landlock"),
+        (("if _libc.prctl(_PR_GET_SECCOMP, 0, 0, 0, 0) < 0:", "if True:"), "no seccomp"),
+        (("        _syscall(446, ctypes.c_int(ruleset), ctypes.c_uint(0))\n", ""), "Landlock is not in force"),
+        (("    _syscall({\"x86_64\": 317, \"aarch64\": 277}[_MACHINE], set_mode_filter, tsync, header)\n", ""), "seccomp is not in force"),
+        (("_MACHINE = platform.machine()", "_MACHINE = 'riscv64'"), "no isolation on linux riscv64"),
+        (("_prctl(_PR_SET_NO_NEW_PRIVS, 1)", "threading.Thread(target=time.sleep, args=(9,), daemon=True).start()"), "more than one thread"),
+    ],
+    ids=["no Landlock", "no seccomp", "Landlock silently off", "seccomp silently off", "unknown machine", "a second thread"],
+)
+def test_a_missing_layer_refuses(competition, tmp_path, change, reason):
+    path, script = patched(tmp_path, *change), tmp_path / "script.py"
+    script.write_text(GOOD)
+    command = [sys.executable, path, "run", "--competition", tmp_path / "toy", script]
+    done = subprocess.run(command, capture_output=True, text=True)
+    facts = json.loads(done.stdout)
+    assert (done.returncode, facts["status"], facts["valid"]) == (3, "refused", False)
+    assert reason in facts["reason"]
+    if change is NO_LANDLOCK:
+        done = subprocess.run([*command, "--unsafe"], capture_output=True, text=True)
+        facts = json.loads(done.stdout)
+        assert (done.returncode, facts["status"], facts["isolation"]) == (0, "ok", "unsafe (seccomp)")
+        assert "WARNING" in done.stderr
+        done = subprocess.run([sys.executable, path, "selftest"], capture_output=True, text=True)
+        assert done.returncode == 3 and "no Landlock" in json.loads(done.stdout)["problem"]
+
+
+# ------------------------------------------------------------------------------------------------
+# What takes longer
+
+
+@pytest.mark.long
+def test_fuzz_the_reader_at_length():
+    command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", "fuzz_the_reader or heavy", "-m", "not long"]
+    done = subprocess.run(command, env={**os.environ, "FUZZ": "12000"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+@pytest.mark.long
+def test_everything_as_a_normal_user():
+    from test_sandbox_attacks import WHO, as_someone
+
+    if os.geteuid() != 0 or subprocess.run(as_someone(["true"]), capture_output=True).returncode:
+        pytest.skip("needs root and mount namespaces")
+    command = [sys.executable, "-B", "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-m", "not long", "--basetemp"]
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o777)
+        environment = {**os.environ, "HOME": folder, "HYPOTHESIS_STORAGE_DIRECTORY": folder}
+        command = as_someone([*WHO["a normal user"], *command, f"{folder}/base"])
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stdout[-5000:]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("abi", [1, 2, 3, 4, 5])
+def test_attacks_on_an_older_landlock(tmp_path, abi):
+    """An older kernel's Landlock knows fewer rights; seccomp fills the gaps (imitated by asking for fewer)."""
+    if module.landlock_abi() < abi:
+        pytest.skip("this kernel is older")
+    patched(tmp_path, NO_LANDLOCK[0], f"        return {abi}\n")
+    subprocess.run(["cp", Path(__file__).with_name("test_sandbox_attacks.py"), tmp_path], check=True)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-B", tmp_path / "test_sandbox_attacks.py"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    report = json.loads(done.stdout)
+    assert report["mode"]["landlock_abi"] == abi
+    assert {name: wrong for name, wrong in report["results"].items() if wrong} == {}
 
 
 # ------------------------------------------------------------------------------------------------
