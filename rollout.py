@@ -734,7 +734,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--max-model-len", type=int, default=1024, help="prompt + response, tokens")
     parser.add_argument("--max-response-tokens", type=int, default=256, help="tokens")
     parser.add_argument("--description-chars", type=int, default=600, help="in the prompt")
-    parser.add_argument("--preview-chars", type=int, default=420, help="data preview in the prompt")
+    parser.add_argument("--preview-chars", type=int, default=240, help="data preview in the prompt")
     parser.add_argument("--output-chars", type=int, default=300, help="output in the prompt")
     parser.add_argument("--unsafe", action="store_true", help="run scripts without isolation")
     args = parser.parse_args(argv)

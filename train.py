@@ -134,7 +134,7 @@ class Config:
     warmup_steps: int = opt(3, "steps of linear warm-up")
     max_grad_norm: float = opt(1.0, "gradient norm is clipped at this")
     token_budget: int = opt(8192, "tokens packed into one micro-batch")
-    learner_dtype: str = opt("bfloat16", "dtype of the learner's forward and backward (master "
+    learner_dtype: str = opt("float32", "dtype of the learner's forward and backward (master "
                                          "weights are float32)", choices=["float32", "bfloat16"])
     activation_checkpointing: bool = opt(False, "recompute activations in the backward pass")
     # --- the engine
@@ -147,7 +147,7 @@ class Config:
                                          "after an update beyond which training stops, nat")
     # --- prompts and executions
     description_chars: int = opt(600, "longest competition description in a prompt, characters")
-    preview_chars: int = opt(420, "longest data preview in a prompt, characters")
+    preview_chars: int = opt(240, "longest data preview in a prompt, characters")
     output_chars: int = opt(300, "longest execution output in a prompt, characters")
     timeout: float = opt(10.0, "wall-clock limit of a script, seconds")
     cpu_seconds: float = opt(3.0, "CPU limit of a script, seconds")
@@ -1076,6 +1076,30 @@ def prepare_run_dir(config: Config, resume: bool) -> None:
                         "or another directory")
     run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     (run_dir / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
+
+
+def print_plan(config: Config, splits: tuple[list, list]) -> None:
+    """What a run would do and need, for --dry-run; nothing is started."""
+    import torch
+
+    from learner import memory_plan
+
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    engines = max(world - config.learner_ranks, 1) // config.tensor_parallel
+    memory = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+    plan = memory_plan(config.model, learner_config(config), config.learner_ranks)
+    print(f"preset {config.preset}: {len(splits[0])} training and {len(splits[1])} held-out "
+          f"competitions, {config.steps} steps of {config.groups} groups x {config.responses} "
+          f"responses\n{config.learner_ranks} learner ranks, {engines} engines, each "
+          f"{config.rollout_threads} groups in flight and {config.sandbox_slots} sandboxes\n"
+          f"run directory {config.run_dir}\nmemory of a learner rank:")
+    for name, value in plan.items():
+        print(f"  {name:16} {value / 1e6:12.1f} M" if name == "parameter_count" else
+              f"  {name:16} {value / 2**30:12.2f} GiB")
+    if memory and plan["total"] > memory:
+        raise UserError(f"--dry-run: a learner rank needs {plan['total'] / 2**30:.1f} GiB and has "
+                        f"{memory / 2**30:.1f}: use more --learner-ranks, a smaller --token-budget "
+                        "or --activation-checkpointing")
 
 
 def main(argv: list[str] | None = None) -> int:

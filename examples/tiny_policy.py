@@ -39,11 +39,12 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import mini_mlebench as bench  # noqa: E402
 from buffer import Task, Trace  # noqa: E402
+from learner import Sequence  # noqa: E402
 from rollout import PromptBudget, describe_run, encode_chat, task_messages  # noqa: E402
-from sandbox import Competition, Sandbox, code_key  # noqa: E402
+from sandbox import Competition, Sandbox  # noqa: E402
 
 # The budget of train.py's tiny preset: the policy is taught what it will be asked.
-BUDGET = PromptBudget(description=600, preview=420, output=300)
+BUDGET = PromptBudget(description=600, preview=240, output=300)
 
 # ---------------------------------------------------------------------------------------------
 # 1. Random competitions
@@ -137,6 +138,7 @@ FAMILIES = [
     (4, "ensemble", "GradientBoostingKind",
      ["n_estimators=10", "n_estimators=100", "n_estimators=150, max_depth=2, learning_rate=0.05",
       "n_estimators=150, max_depth=4, learning_rate=0.04, subsample=0.5"]),
+    (4, "neural_network", "MLPKind", ["(16,), max_iter=300", "(64,), max_iter=300"]),
     (4, "ensemble", "HistGradientBoostingKind",
      ["max_iter=10", "max_iter=100",
       "max_iter=100, learning_rate=0.05, max_leaf_nodes=8, l2_regularization=5"]),
@@ -156,7 +158,7 @@ REGRESSORS = FAMILIES + [
     (3, "linear_model", "HuberRegressor", ["max_iter=500"]),
     (6, "svm", "SVR", ["C=0.1", "C=1", "C=10", "C=100", "C=1000, gamma=0.03"]),
 ]
-# What may stand before the model in make_pipeline.
+# Preprocessing before the model.
 STEPS = [
     (6, ()),
     (4, ("StandardScaler()",)),
@@ -167,7 +169,7 @@ STEPS = [
 # Realistic mistakes. Some crash, some make the submission invalid, some only cost score.
 MISTAKES = (
     "file",  # a data file that does not exist
-    "import",  # the model's import is missing
+    "import",  # the import of the model's module is missing
     "column",  # a misspelt column name
     "keep_id",  # the id stays among the features
     "keep_target",  # the target stays among the training features
@@ -183,6 +185,15 @@ MISTAKES = (
 )
 
 
+# Whole modules: which estimator is used is then decided in one place of the script.
+IMPORTS = (
+    "import pandas as pd",
+    "from sklearn import ensemble, linear_model, neighbors, svm, tree",
+    "from sklearn import discriminant_analysis, dummy, naive_bayes, neural_network",
+    "from sklearn import metrics, model_selection, preprocessing",
+)
+
+
 def pick(rng: random.Random, weighted: list[tuple]):
     return rng.choices(weighted, [w for w, *_ in weighted])[0]
 
@@ -191,7 +202,7 @@ def pick(rng: random.Random, weighted: list[tuple]):
 class Script:
     """One script of the grammar, before it is spelt out for a competition."""
 
-    spelt: bool  # names are spelt out, else taken from the tables
+    spelt: bool  # the target's name is spelt out, else taken from the tables
     module: str
     model: str  # class with arguments; Kind stands for Classifier or Regressor
     steps: tuple[str, ...]
@@ -210,7 +221,7 @@ class Script:
                         "LinearDiscriminantAnalysis", "QuadraticDiscriminantAnalysis"):
             arguments += (", " if arguments else "") + "random_state=0"
         return cls(
-            spelt=rng.random() < 0.35, module=module, model=f"{name}({arguments})",
+            spelt=rng.random() < 0.2, module=module, model=f"{name}({arguments})",
             steps=pick(rng, STEPS)[1], holdout=rng.choice(("0.2", "0.25", "0.3")),
             fill=rng.choice(("X.median()", "X.mean()", "0")),
             mistakes=frozenset(m for m in MISTAKES if rng.random() < rate))
@@ -223,28 +234,17 @@ class Script:
         kind = "Classifier" if spec.labels else "Regressor"
         if wrong("kind"):
             kind = "Regressor" if spec.labels else "Classifier"
-        model = self.model.replace("Kind", kind)
-        steps = ", ".join((*self.steps, model))
+        model = f"{self.module}.{self.model.replace('Kind', kind)}"
         probability = (metric.form == "probability") != (wrong("form") and bool(spec.labels))
         column = "" if multi and metric.form == "probability" else "[:, 1]"
 
-        def predict(x, probability=probability):
+        def predict(x):
             return f"model.predict_proba({x}){column}" if probability else f"model.predict({x})"
 
         function = {"accuracy": "accuracy_score", "f1": "f1_score", "roc_auc": "roc_auc_score",
                     "log_loss": "log_loss", "rmse": "root_mean_squared_error",
                     "mae": "mean_absolute_error"}[spec.metric]
-        imports = [
-            "import pandas as pd",
-            "from sklearn.model_selection import train_test_split",
-            f"from sklearn.metrics import {function}",
-        ]
-        if not wrong("import"):
-            imports.append(f"from sklearn.{self.module} import {model.split('(')[0]}")
-        if self.steps:
-            used = sorted({s.split("(")[0] for s in self.steps})
-            imports += ["from sklearn.pipeline import make_pipeline",
-                        f"from sklearn.preprocessing import {', '.join(used)}"]
+        imports = [line for line in IMPORTS if not (wrong("import") and self.module in line)]
         train_file = rng.choice(("train.csv", "input/training.csv")) if wrong("file") \
             else "input/train.csv"
         lines = [
@@ -252,12 +252,12 @@ class Script:
             f'train = pd.read_csv("{train_file}")',
             'test = pd.read_csv("input/test.csv")',
             'sub = pd.read_csv("input/sample_submission.csv")',
+            "id_col = sub.columns[0]",
         ]
         if self.spelt:
-            lines += [f'id_col = "{spec.id_column}"', f'target = "{spec.target}"']
+            lines.append(f'target = "{spec.target}"')
         else:
-            lines += ["id_col = sub.columns[0]",
-                      "target = [c for c in train.columns if c not in test.columns][0]"]
+            lines.append("target = [c for c in train.columns if c not in test.columns][0]")
         if wrong("column"):
             lines[-1] = rng.choice(('target = "target"', 'target = "label"',
                                     "target = test.columns[-1]"))
@@ -274,15 +274,16 @@ class Script:
         if not wrong("impute"):
             lines += [f"X_test = X_test.fillna({self.fill})", f"X = X.fillna({self.fill})"]
         lines += [
-            f"model = make_pipeline({steps})" if self.steps else f"model = {model}",
-            f"X_a, X_b, y_a, y_b = train_test_split(X, y, test_size={self.holdout}, random_state=0)",
+            *(line for step in self.steps for line in (
+                f"step = preprocessing.{step}.fit(X)",
+                "X, X_test = step.transform(X), step.transform(X_test)")),
+            f"model = {model}",
+            "X_a, X_b, y_a, y_b = model_selection.train_test_split("
+            f"X, y, test_size={self.holdout}, random_state=0)",
         ]
         if not wrong("fit"):
             lines.append("model.fit(X_a, y_a)")
-        score = f"{function}(y_b, {predict('X_b', metric.form == 'probability')})"
-        if wrong("form"):
-            score = f"{function}(y_b, {predict('X_b')})"
-        lines.append(f'print("validation score:", {score})')
+        lines.append(f'print("validation score:", metrics.{function}(y_b, {predict("X_b")}))')
         if not wrong("fit"):
             lines.append("model.fit(X, y)")
         rows = "X_tset" if wrong("variable") else "X_b" if wrong("length") else "X_test"
@@ -299,57 +300,58 @@ class Script:
 # 3. Examples: prompts as in training, answers from the grammar
 
 
-def make_examples(rng: random.Random, worlds: list, count: int, rate: float, sandbox: Sandbox
-                  ) -> list[tuple[list[dict], str]]:
-    """(chat messages, answer) pairs: half drafts, a quarter each of improve and debug.
+def make_examples(rng: random.Random, worlds: list, count: int, answers: int, rate: float,
+                  sandbox: Sandbox) -> list[tuple[list[dict], list[str]]]:
+    """(chat messages, answers) pairs: half drafts, a quarter each of improve and debug.
 
-    A parent is executed, so that what a debug prompt shows is what the sandbox says. An improve
-    answer changes the parent's model or preprocessing; it is as likely worse as better. A debug
-    answer drops the parent's mistakes; like every answer it may make new ones.
+    Failing parents are executed, so that a debug prompt shows what the sandbox says; an improve
+    prompt shows a validation score only, for which any number will do.
     """
-    jobs = []
-    for index in range(count):
+    failures = []
+    for _ in range(count // 10):  # each serves several prompts
         spec, competition = rng.choice(worlds)
-        operator = ("draft", "improve", "draft", "debug")[index % 4]
-        parent = Script.draw(rng, spec, 0.0)
-        if operator == "debug":
-            parent = replace(parent, mistakes=frozenset(rng.sample(MISTAKES, rng.choice((1, 1, 2)))))
-        jobs.append((spec, competition, operator, parent, parent.source(spec, rng)))
-
-    # An improve prompt shows a validation score only, any number will do; debug needs real errors.
-    failing = [job for job in jobs if job[2] == "debug"]
+        mistakes = frozenset(rng.sample(MISTAKES, rng.choice((1, 1, 2))))
+        parent = replace(Script.draw(rng, spec, 0.0), mistakes=mistakes)
+        failures.append((spec, competition, parent, parent.source(spec, rng)))
     with ThreadPoolExecutor(2) as pool:
-        runs = list(tqdm(pool.map(lambda job: sandbox.run(job[1], job[4]), failing),
-                         total=len(failing), desc="failing scripts", unit=""))
-    outcomes = {id(job): run for job, run in zip(failing, runs)}
+        runs = list(tqdm(pool.map(lambda f: sandbox.run(f[1], f[3]), failures),
+                         total=len(failures), desc="failing scripts", unit=""))
 
     examples = []
-    for job in jobs:
-        spec, competition, operator, parent, source = job
-        run = outcomes.get(id(job))
-        if run is not None and run.valid:
-            operator = "improve"  # a mistake that only cost score
-        answer = Script.draw(rng, spec, rate)
-        trace = None
-        if operator != "draft":
-            trace = Trace(f"t{len(examples)}", "", competition.id, "draft", code=source,
-                          code_key=code_key(source), valid=operator == "improve")
-            if run is None:
-                trace.validation_score = rng.choice((rng.random(), rng.random() * 30))
-            else:
-                describe_run(trace, run)
-            fresh = replace(answer, spelt=parent.spelt, fill=parent.fill, holdout=parent.holdout)
-            if operator == "debug":
-                answer = replace(fresh, module=parent.module, model=parent.model,
-                                 steps=parent.steps)
-            elif rng.random() < 0.3:
-                answer = replace(fresh, module=parent.module, model=parent.model)  # other steps
-            else:
-                answer = fresh
+    for index in range(count):
+        spec, competition = rng.choice(worlds)
+        operator, parent, trace = ("draft", "improve", "draft", "debug")[index % 4], None, None
+        if operator == "improve":
+            parent = Script.draw(rng, spec, 0.0)
+            trace = Trace(f"t{index}", "", competition.id, "draft", code=parent.source(spec, rng),
+                          valid=True, validation_score=rng.choice((1, 30)) * rng.random())
+        elif operator == "debug":
+            choice = rng.randrange(len(failures))
+            spec, competition, parent, source = failures[choice]
+            trace = Trace(f"t{index}", "", competition.id, "draft", code=source)
+            describe_run(trace, runs[choice])
+            operator = "improve" if trace.valid else "debug"  # some mistakes only cost score
         task = Task(f"{competition.id}/{operator}", competition.id, operator, parent=trace)
-        text = f"```python\n{answer.source(spec, rng)}```"
-        examples.append((task_messages(competition, task, BUDGET), text))
+        texts = [answer_to(operator, parent, spec, rate, rng).source(spec, rng)
+                 for _ in range(answers)]
+        examples.append((task_messages(competition, task, BUDGET),
+                         [f"```python\n{text}```" for text in texts]))
     return examples
+
+
+def answer_to(operator: str, parent: Script | None, spec: bench.Spec, rate: float,
+              rng: random.Random) -> Script:
+    """A draft is any script; improve changes the parent's model or steps, as likely for the worse
+    as for the better; debug drops the parent's mistakes. Each may make mistakes of its own."""
+    answer = Script.draw(rng, spec, rate)
+    if operator == "draft":
+        return answer
+    answer = replace(answer, spelt=parent.spelt, fill=parent.fill, holdout=parent.holdout)
+    if operator == "debug":
+        return replace(answer, module=parent.module, model=parent.model, steps=parent.steps)
+    if rng.random() < 0.3:
+        return replace(answer, module=parent.module, model=parent.model)  # other steps only
+    return answer
 
 
 # ---------------------------------------------------------------------------------------------
@@ -362,14 +364,15 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer(texts: list[str], vocabulary: int):
-    """Byte-level BPE with a chat template. Merges may span a whole line but not a number: the fixed
-    lines of the corpus become a few tokens each, which is what makes two cores enough."""
+    """Byte-level BPE with a chat template. Merges may span a whole line, but not a quotation mark:
+    the fixed lines of the corpus become a token or two each, which is what makes two cores
+    enough."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(r"\n+|\d|[^\n\d]+"), "isolated"),
+        pre_tokenizers.Split(Regex(r'\n+|[^\n"]+"?|"'), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ])
     tokenizer.decoder = decoders.ByteLevel()
@@ -394,66 +397,67 @@ def make_model(tokenizer, hidden: int, layers: int, seed: int):
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
 
 
-def teach(model, sequences: list[tuple[list[int], int]], tokens_per_batch: int, learning_rate: float,
-          seed: int) -> float:
-    """One pass of next-token prediction over (token ids, prompt length); loss on answers only.
+def teach(directory: Path, families: list[list[Sequence]], tokens_per_batch: int,
+          learning_rate: float, seed: int) -> float:
+    """One pass of next-token prediction on the answers, with the learner's own packed model: a
+    family is the answers to one prompt, and the prompt is computed once for all of them.
 
-    Sequences of similar length share a batch, padded on the right: with causal attention the padding
-    is never seen. Returns the mean loss of the last tenth, nat per token.
+    Reads and writes the model in `directory`; returns the mean loss of the last tenth, nat/token.
     """
     import torch
-    import torch.nn.functional as F
 
-    rng = random.Random(seed)
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i][0]) + rng.random())
-    batches, batch = [], []
-    for index in order:
-        batch.append(index)
-        if len(batch) * len(sequences[index][0]) >= tokens_per_batch:
+    from learner import LearnerConfig, MicroBatch, load_policy
+
+    device = torch.device("cpu")
+    policy = load_policy(directory, LearnerConfig(max_response_tokens=1), device, None)
+    order = list(range(len(families)))
+    random.Random(seed).shuffle(order)
+    batches, batch, size = [], [], 0
+    for family in (families[i] for i in order):
+        batch += family
+        size += len(family[0].tokens) + sum(len(s.tokens) - s.prompt_length for s in family[1:])
+        if size >= tokens_per_batch:
             batches.append(batch)
-            batch = []
-    rng.shuffle(batches)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95),
-                                  weight_decay=0.01)
-    warmup, total, losses = 20, len(batches), []
+            batch, size = [], 0
+    # Muon for the matrices inside the layers, AdamW for the rest: in the same 40 seconds AdamW alone
+    # ended at 51 nats an answer, the two together at 35.
+    inside = [p for n, p in policy.named_parameters() if p.ndim == 2 and ".layers." in n]
+    others = [p for n, p in policy.named_parameters() if p.ndim != 2 or ".layers." not in n]
+    optimizers = [torch.optim.Muon(inside, lr=10 * learning_rate, weight_decay=0.01),
+                  torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.95), fused=True)]
+    rates = [10 * learning_rate, learning_rate]
+    warmup, losses = 20, []
     bar = tqdm(batches, desc="teaching", unit="batch")
     for step, batch in enumerate(bar):
-        scale = min((step + 1) / warmup, 0.02 + 0.98 * (1 - step / total))
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * scale
-        length = max(len(sequences[i][0]) for i in batch)
-        ids = torch.zeros(len(batch), length, dtype=torch.long)  # (N, L)
-        labels = torch.full((len(batch), length), -100)  # (N, L)
-        for row, i in enumerate(batch):
-            tokens, prompt = sequences[i]
-            ids[row, :len(tokens)] = torch.tensor(tokens)
-            labels[row, prompt:len(tokens)] = torch.tensor(tokens[prompt:])
-        with torch.autocast("cpu", torch.bfloat16):
-            hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state  # (N, L, H)
-            answers = labels[:, 1:] != -100  # (N, L - 1)
-            logits = model.lm_head(hidden[:, :-1][answers])  # (answer tokens, V)
-        loss = F.cross_entropy(logits.float(), labels[:, 1:][answers])
+        scale = min((step + 1) / warmup, 0.02 + 0.98 * (1 - step / len(batches)))
+        for optimizer, rate in zip(optimizers, rates):
+            optimizer.param_groups[0]["lr"] = rate * scale
+        logprobs, _ = policy(MicroBatch.build(batch, device))  # (answer tokens,)
+        loss = -logprobs.mean()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         losses.append(loss.item())
         bar.set_postfix(loss=f"{np.mean(losses[-20:]):.3f}")
-    return float(np.mean(losses[-max(total // 10, 1):]))
+    policy.model.save_pretrained(directory)
+    return float(np.mean(losses[-max(len(losses) // 10, 1):]))
 
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description="Teach a tiny Qwen3 to write scikit-learn scripts.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", required=True, help="directory of the model; replaced if it exists")
-    parser.add_argument("--examples", type=int, default=8000, help="prompts with an answer")
+    parser.add_argument("--prompts", type=int, default=1400, help="prompts")
+    parser.add_argument("--answers", type=int, default=8, help="answers to each prompt")
     parser.add_argument("--worlds", type=int, default=300, help="random competitions")
     parser.add_argument("--mistakes", type=float, default=0.04,
                         help="rate of each of the mistakes in an answer")
     parser.add_argument("--hidden", type=int, default=192, help="hidden size, a multiple of 64")
-    parser.add_argument("--layers", type=int, default=4, help="decoder layers")
-    parser.add_argument("--vocabulary", type=int, default=2048, help="tokens")
-    parser.add_argument("--batch-tokens", type=int, default=6000, help="tokens a batch")
+    parser.add_argument("--layers", type=int, default=3, help="decoder layers")
+    parser.add_argument("--vocabulary", type=int, default=4096, help="tokens")
+    parser.add_argument("--batch-tokens", type=int, default=1000, help="tokens a batch")
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--unsafe", action="store_true", help="run without sandbox isolation")
@@ -466,23 +470,28 @@ def main(argv=None) -> int:
     out = Path(args.out)
     with tempfile.TemporaryDirectory() as folder, Sandbox(slots=2, unsafe=args.unsafe) as sandbox:
         worlds = make_worlds(rng, args.worlds, Path(folder))
-        examples = make_examples(rng, worlds, args.examples, args.mistakes, sandbox)
+        examples = make_examples(rng, worlds, args.prompts, args.answers, args.mistakes, sandbox)
     texts = [m["content"] for messages, _ in examples[:1500] for m in messages]
-    tokenizer = make_tokenizer(texts + [a for _, a in examples[:3000]], args.vocabulary)
-    sequences = []
-    for messages, answer in tqdm(examples, desc="tokenizing", unit=""):
+    texts += [answer for _, answers in examples[:1500] for answer in answers]
+    tokenizer = make_tokenizer(texts, args.vocabulary)
+    families = []
+    for messages, answers in tqdm(examples, desc="tokenizing", unit=""):
         prompt = encode_chat(tokenizer, messages)
-        sequences.append((prompt + tokenizer.encode(answer) + [tokenizer.eos_token_id], len(prompt)))
-    model = make_model(tokenizer, args.hidden, args.layers, args.seed)
-    answers = sum(len(t) - p for t, p in sequences)
-    print(f"{model.num_parameters() / 1e6:.2f}M parameters; {len(sequences)} examples, on average "
-          f"{np.mean([p for _, p in sequences]):.0f} prompt and {answers / len(sequences):.0f} answer "
-          f"tokens", flush=True)
-    loss = teach(model, sequences, args.batch_tokens, args.learning_rate, args.seed)
+        families.append([])
+        for answer in answers:
+            ids = tokenizer.encode(answer) + [tokenizer.eos_token_id]
+            families[-1].append(Sequence(np.array(prompt + ids, np.int32), len(prompt),
+                                         np.zeros(len(ids), np.float32), 0.0))
     if out.exists():
         shutil.rmtree(out)
+    model = make_model(tokenizer, args.hidden, args.layers, args.seed)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
+    lengths = [len(s.tokens) - s.prompt_length for family in families for s in family]
+    print(f"{model.num_parameters() / 1e6:.2f}M parameters; {len(families)} prompts of "
+          f"{np.mean([f[0].prompt_length for f in families]):.0f} tokens, {len(lengths)} answers of "
+          f"{np.mean(lengths):.0f} tokens", flush=True)
+    loss = teach(out, families, args.batch_tokens, args.learning_rate, args.seed)
     print(f"wrote {out}: loss {loss:.3f} nat/token, {time.monotonic() - started:.0f} s")
     return 0
 

@@ -1,0 +1,261 @@
+"""The real thing, small: vLLM, torchrun, sandboxed scripts, weight updates, kills and resumes.
+
+    python -m pytest tests/test_end_to_end.py
+
+The policy is taught in half a minute to write three kinds of scripts, of which one works: rewards
+differ within groups, so every step really updates the weights.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+COMPETITIONS = {"train": ("rail-wear", "hive-swarms", "tide-mills"), "heldout": ("loom-breaks",)}
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A directory with competitions/{train,heldout} and policy/, as `make data` would write them."""
+    import mini_mlebench as bench
+    import tiny_policy as tiny
+    from buffer import Task
+    from learner import Sequence
+    from rollout import encode_chat, task_messages
+    from sandbox import Competition
+
+    folder = tmp_path_factory.mktemp("world")
+    references = bench.load_references(0)
+    rng, families, texts = random.Random(0), [], []
+    for spec in bench.SPECS:
+        for split, names in COMPETITIONS.items():
+            if spec.id in names:
+                bench.write_competition(spec, folder / "competitions" / split, 0,
+                                        references[spec.id])
+                competition = Competition.load(folder / "competitions" / split / spec.id)
+                messages = task_messages(competition, Task.root(spec.id), tiny.BUDGET)
+                answers = []
+                for index in range(8):
+                    script = tiny.Script(False, "tree", "DecisionTreeKind(max_depth=3)", (), "0.2",
+                                         "0", frozenset([(), ("variable",), ("save",)][index % 3]))
+                    answers.append(f"```python\n{script.source(spec, rng)}```")
+                families.append((messages, answers))
+                texts += [messages[0]["content"], *answers]
+    tokenizer = tiny.make_tokenizer(texts, 768)
+    model = tiny.make_model(tokenizer, hidden=128, layers=2, seed=0)
+    model.save_pretrained(folder / "policy")
+    tokenizer.save_pretrained(folder / "policy")
+    sequences = []
+    for messages, answers in families * 60:
+        prompt = encode_chat(tokenizer, messages)
+        ids = [tokenizer.encode(a) + [tokenizer.eos_token_id] for a in answers]
+        sequences.append([Sequence(np.array(prompt + i, np.int32), len(prompt),
+                                   np.zeros(len(i), np.float32), 0.0) for i in ids])
+    loss = tiny.teach(folder / "policy", sequences, 1500, 3e-3, 0)
+    assert loss < 0.2, "the policy of the tests has not learnt its scripts"
+    return folder
+
+
+def arguments(world: Path, run_dir: Path, **flags) -> list[str]:
+    values = dict(preset="tiny", model=world / "policy", run_dir=run_dir,
+                  competitions=world / "competitions/train",
+                  heldout=world / "competitions/heldout", steps=3, groups=3, responses=6,
+                  eval_drafts=4, rollout_threads=4, checkpoint_every=1, max_model_len=768,
+                  max_response_tokens=192, learner_threads=1, engine_threads=1) | flags
+    return [str(ROOT / "train.py")] + [
+        part for name, value in values.items()
+        for part in ("--" + name.replace("_", "-"), str(value))]
+
+
+def torchrun(ranks: int) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}",
+            "--master-port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+
+
+def start(command: list[str], log: Path) -> subprocess.Popen:
+    """Start a run in a session of its own, marked by an environment variable."""
+    with open(log, "w") as output:
+        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=log.parent,
+                                start_new_session=True,
+                                env={**os.environ, "ACEGRPO_TEST": str(log), "OMP_NUM_THREADS": "1"})
+
+
+def ours(log: Path) -> list[psutil.Process]:
+    """Every process that descends from a run, whoever its parent is now."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if (process.environ().get("ACEGRPO_TEST") == str(log)
+                    or "acegrpo" in " ".join(process.cmdline())
+                    or "sandbox.py" in " ".join(process.cmdline())):
+                if process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        except psutil.Error:
+            pass
+    return found
+
+
+def shared_memory() -> set[str]:
+    return set(os.listdir("/dev/shm"))
+
+
+def wait_until(condition, seconds: float, what: str, log: Path | None = None) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            tail = log.read_text()[-3000:] if log else ""
+            pytest.fail(f"{what} did not happen within {seconds} s\n{tail}")
+        time.sleep(0.2)
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def assert_nothing_stays(log: Path, shm_before: set[str]) -> None:
+    wait_until(lambda: not ours(log), 30, f"the end of all processes {ours(log)}", log)
+    wait_until(lambda: shared_memory() <= shm_before, 10,
+               f"clean shared memory {shared_memory() - shm_before}")
+
+
+def check_run(run_dir: Path, steps: int) -> None:
+    metrics = rows(run_dir / "metrics.jsonl")
+    assert [m["step"] for m in metrics] == list(range(1, steps + 1))
+    trained = [m for m in metrics if m["logprob_gap"] is not None]
+    assert trained, "no step changed the policy"
+    assert all(m["logprob_gap"] < 1e-3 for m in trained)
+    assert all(0 < m["entropy"] < 10 and np.isfinite(m["loss"]) for m in trained)
+    assert max(m["staleness_max"] for m in metrics) <= 2
+    evaluations = rows(run_dir / "eval.jsonl")
+    assert {(e["when"], e["split"]) for e in evaluations} == {
+        (when, split) for when in ("before", "after") for split in ("train", "heldout")}
+    traces = rows(run_dir / "traces.jsonl")
+    assert any(t["valid"] and t["human_rank"] > 0 for t in traces)
+    assert any(t["status"] == "error" and "X_tset" in t["output"] for t in traces)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert AutoTokenizer.from_pretrained(run_dir / "policy").chat_template
+    assert AutoModelForCausalLM.from_pretrained(run_dir / "policy").num_parameters() > 0
+
+
+def test_torchrun_with_two_ranks(world, tmp_path):
+    log, shm = tmp_path / "log", shared_memory()
+    process = start(torchrun(2) + arguments(world, tmp_path / "run"), log)
+    assert process.wait(300) == 0, log.read_text()[-3000:]
+    check_run(tmp_path / "run", 3)
+    assert_nothing_stays(log, shm)
+    assert (tmp_path / "run").stat().st_mode & 0o077 == 0
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 2  # pruned to the last two
+
+
+def test_kill_and_resume(world, tmp_path):
+    """kill -9 of the single process in mid-run; the resumed run goes on from its checkpoint."""
+    log, shm, run_dir = tmp_path / "log", shared_memory(), tmp_path / "run"
+    process = start([sys.executable] + arguments(world, run_dir, steps=40), log)
+    wait_until(lambda: len(rows(run_dir / "metrics.jsonl")) >= 2, 200, "two steps", log)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert_nothing_stays(log, shm)
+    done = sorted(int(p.parent.name.split("_")[1]) for p in run_dir.glob("checkpoints/*/DONE"))
+    saved = json.loads((run_dir / f"checkpoints/step_{done[-1]}/curriculum.json").read_text())
+    assert saved["step"] == done[-1]
+    finished = len(rows(run_dir / "groups.jsonl"))
+
+    steps = done[-1] + 2
+    process = start([sys.executable, str(ROOT / "train.py"), "--resume", str(run_dir),
+                     "--steps", str(steps)], log)
+    assert process.wait(300) == 0, log.read_text()[-3000:]
+    assert f"after step {done[-1]}" in log.read_text()
+    check_run(run_dir, steps)
+    groups = rows(run_dir / "groups.jsonl")
+    assert len(groups) >= finished  # no finished group was lost
+    assert [g["sequence"] for g in groups] == list(range(1, len(groups) + 1))
+    assert {g["epoch"] for g in groups} == {0, 1}
+    versions = [m["policy_version"] for m in rows(run_dir / "metrics.jsonl")]
+    assert versions == sorted(versions) and versions[-1] >= saved["version"]
+    assert_nothing_stays(log, shm)
+
+
+def test_ctrl_c_cleans_up(world, tmp_path):
+    log, shm, run_dir = tmp_path / "log", shared_memory(), tmp_path / "run"
+    process = start([sys.executable] + arguments(world, run_dir, steps=40), log)
+    wait_until(lambda: len(rows(run_dir / "metrics.jsonl")) >= 1, 200, "a step", log)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 130
+    assert "--resume" in log.read_text()
+    assert_nothing_stays(log, shm)
+
+
+@pytest.mark.parametrize("victim", ["torchrun", "learner", "rollout"])
+def test_kill_9_under_torchrun_leaves_nothing(world, tmp_path, victim):
+    log, shm, run_dir = tmp_path / "log", shared_memory(), tmp_path / "run"
+    process = start(torchrun(2) + arguments(world, run_dir, steps=40, eval_drafts=0), log)
+    wait_until(lambda: len(rows(run_dir / "metrics.jsonl")) >= 1, 200, "a step", log)
+    agent = psutil.Process(process.pid)
+    ranks = {c.environ()["RANK"]: c for c in agent.children()}
+    {"torchrun": agent, "learner": ranks["0"], "rollout": ranks["1"]}[victim].kill()
+    assert process.wait(60) != 0
+    assert_nothing_stays(log, shm)
+
+
+@pytest.mark.long
+def test_two_learner_and_two_rollout_ranks(world, tmp_path):
+    log, shm = tmp_path / "log", shared_memory()
+    command = torchrun(4) + arguments(world, tmp_path / "run", learner_ranks=2)
+    assert start(command, log).wait(400) == 0, log.read_text()[-3000:]
+    check_run(tmp_path / "run", 3)
+    assert_nothing_stays(log, shm)
+
+
+@pytest.mark.long
+def test_eight_ranks(world, tmp_path):
+    log, shm = tmp_path / "log", shared_memory()
+    command = torchrun(8) + arguments(world, tmp_path / "run", steps=2, kv_cache_gib=0.1)
+    assert start(command, log).wait(900) == 0, log.read_text()[-3000:]
+    check_run(tmp_path / "run", 2)
+    assert_nothing_stays(log, shm)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_engine_and_learner_agree_after_an_update(world, tmp_path, tied):
+    """The trap: with tied embeddings an update without lm_head.weight leaves the old head."""
+    from rollout import Engine, EngineConfig
+    from learner import Learner, LearnerConfig, Sequence
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(world / "policy", tie_word_embeddings=tied)
+    shutil.copytree(world / "policy", tmp_path / "policy")
+    (tmp_path / "policy/model.safetensors").unlink()
+    model.save_pretrained(tmp_path / "policy")
+    learner = Learner(tmp_path / "policy", LearnerConfig(
+        learning_rate=1e-2, loss="dapo", max_response_tokens=64))
+    engine = Engine(tmp_path / "policy", EngineConfig(max_model_len=256, kv_cache_gib=0.1))
+    try:
+        tokens = [int(t) for t in np.random.default_rng(0).integers(3, 700, 60)]
+        before = engine.score(tokens)
+        assert np.abs(before - learner.score(tokens)).mean() < 1e-4
+        behavior = before[19:]
+        learner.step([Sequence(np.array(tokens, np.int32), 20, behavior, 1.0)])
+        learner.publish(tmp_path / "v1")
+        engine.load(tmp_path / "v1", 1)
+        after = engine.score(tokens)
+        assert np.abs(after - before).mean() > 0.05  # the step did change the policy
+        assert np.abs(after - learner.score(tokens)).mean() < 1e-4
+        completions, version = engine.generate(tokens[:20], 2, 8)
+        assert version == 1
+        for completion in completions:  # sampled log-probabilities are the learner's too
+            own = learner.score(tokens[:20] + completion.token_ids)[19:]
+            assert np.abs(own - completion.logprobs).max() < 1e-3
+    finally:
+        engine.close()

@@ -1,0 +1,98 @@
+"""The corpus that the tiny policy is taught on: python -m pytest tests/test_tiny_policy.py"""
+
+import ast
+import random
+from dataclasses import replace
+
+import mini_mlebench as bench
+import numpy as np
+import pytest
+import tiny_policy as tiny
+
+from buffer import Task
+from rollout import encode_chat, extract_code, task_messages
+from sandbox import Sandbox
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory):
+    return tiny.make_worlds(random.Random(3), 40, tmp_path_factory.mktemp("worlds"))
+
+
+@pytest.fixture(scope="module")
+def sandbox():
+    with Sandbox(slots=2, timeout=30, cpu_seconds=20) as sandbox:
+        yield sandbox
+
+
+def test_the_corpus_shares_nothing_with_the_mini_competitions(worlds):
+    names = {c for spec, _ in worlds
+             for c in (spec.id_column, spec.target, *spec.features, *map(str, spec.labels))}
+    assert not {n for n in names if not n.isdigit()} & bench.all_column_names()
+    mini = {sentence.strip() for spec in bench.SPECS
+            for sentence in (*spec.story.split("."), spec.title) if sentence.strip()}
+    corpus = {sentence.strip() for spec, _ in worlds
+              for sentence in (*spec.story.split("."), spec.title) if sentence.strip()}
+    assert not mini & corpus
+    assert not {spec.id for spec, _ in worlds} & {spec.id for spec in bench.SPECS}
+    rows = {tuple(r) for spec in bench.SPECS
+            for r in bench.build_files(spec).train.astype(str).to_numpy()[:, 1:]}
+    for spec, _ in worlds:
+        assert not rows & {tuple(r) for r in bench.build_files(spec).train.astype(str).to_numpy()[:, 1:]}
+
+
+@pytest.mark.parametrize("spelt", [True, False])
+def test_scripts_without_mistakes_are_valid(worlds, sandbox, spelt):
+    """Each model family once a metric would take long; each world meets some of them."""
+    rng = random.Random(int(spelt))
+    for spec, competition in worlds[:14]:
+        script = replace(tiny.Script.draw(rng, spec, 0.0), spelt=spelt)
+        run = sandbox.run(competition, script.source(spec, rng))
+        assert run.valid, f"{spec.metric} {script}\n{run.stderr_tail}{run.reason}"
+        assert run.validation_score is not None
+
+
+@pytest.mark.parametrize("mistake, outcome", [
+    ("file", "FileNotFoundError"), ("import", "NameError"), ("column", "Error"),
+    ("keep_target", "Error"), ("variable", "X_tset"), ("length", "Error"), ("fit", "NotFitted"),
+    ("index", "columns"), ("save", "submission.csv")])
+def test_a_mistake_has_its_consequence(worlds, sandbox, mistake, outcome):
+    rng = random.Random(0)
+    spec, competition = next(w for w in worlds if w[0].metric == "rmse")
+    script = tiny.Script(False, "tree", "DecisionTreeKind(max_depth=3)", (), "0.2", "0",
+                         frozenset([mistake]))
+    run = sandbox.run(competition, script.source(spec, rng))
+    assert not run.valid
+    assert outcome in run.stderr_tail + run.reason
+
+
+def test_answers_are_found_by_the_rollout_and_parse(worlds):
+    rng = random.Random(1)
+    for spec, _ in worlds:
+        source = tiny.Script.draw(rng, spec, 0.2).source(spec, rng)
+        code, reason = extract_code(f"```python\n{source}```")
+        assert code == source and not reason
+        ast.parse(code)
+
+
+def test_tokenizer_round_trip_and_chat_template(worlds):
+    rng = random.Random(2)
+    texts = [tiny.Script.draw(rng, spec, 0.1).source(spec, rng) for spec, _ in worlds]
+    tokenizer = tiny.make_tokenizer(texts, 600)
+    foreign = "```python\nprint('Grüße', 12)\n```\n"
+    assert tokenizer.decode(tokenizer.encode(foreign)) == foreign
+    spec, competition = worlds[0]
+    ids = encode_chat(tokenizer, task_messages(competition, Task.root(spec.id), tiny.BUDGET))
+    text = tokenizer.decode(ids)
+    assert text.startswith("<|im_start|>user\n") and text.endswith("<|im_start|>assistant\n")
+    assert f"Metric: {bench.METRICS[spec.metric].plain}" in text
+
+
+def test_teaching_lowers_the_loss(tmp_path):
+    from learner import Sequence
+
+    tokenizer = tiny.make_tokenizer(["a b c d e f g h"], 300)
+    tiny.make_model(tokenizer, 64, 1, 0).save_pretrained(tmp_path)
+    tokens = np.array(tokenizer.encode("a b c d e f g h"), np.int32)
+    family = [Sequence(tokens, 2, np.zeros(len(tokens) - 2, np.float32), 0.0)]
+    assert tiny.teach(tmp_path, [family] * 60, 1, 3e-3, 0) < 0.5  # from log(300) = 5.7
