@@ -1190,7 +1190,8 @@ PRELOAD = (
     *(f"sklearn.{name}" for name in (
         "base", "calibration", "cluster", "compose", "decomposition", "discriminant_analysis",
         "dummy", "ensemble", "feature_selection", "gaussian_process", "impute",
-        "kernel_approximation", "kernel_ridge", "linear_model", "metrics", "model_selection", "naive_bayes", "neighbors",
+        "kernel_approximation", "kernel_ridge", "linear_model", "metrics", "model_selection",
+        "naive_bayes", "neighbors",
         "neural_network", "pipeline", "preprocessing", "svm", "tree",
     )),
 )  # fmt: skip
@@ -1325,8 +1326,8 @@ def _find_layers(config: dict, root: str) -> tuple[Setup, str]:
 def _can_drop_to(uid: int, root: str, canary: str) -> bool:
     """May we own files and processes of `uid`, and can it read Python? Try all that a run needs."""
     home, (ready, tell) = os.path.join(root, "probe"), os.pipe()
+    os.mkdir(home, 0o700)
     try:
-        os.mkdir(home, 0o700)
         os.chown(home, uid, uid)
         pid = os.fork()
         if pid == 0:
@@ -1334,7 +1335,6 @@ def _can_drop_to(uid: int, root: str, canary: str) -> bool:
                 os.setgroups([])
                 os.setresgid(uid, uid, uid)
                 os.setresuid(uid, uid, uid)
-                os.mkdir(os.path.join(home, "closed"), 0)
                 needed = os.__file__, np.__file__, sys.executable, canary
                 os.write(tell, b"y" if all(os.access(path, os.R_OK) for path in needed) else b"n")
                 time.sleep(10)
@@ -1344,11 +1344,14 @@ def _can_drop_to(uid: int, root: str, canary: str) -> bool:
         answer = os.read(ready, 1)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-        remove_tree(home)
-        return answer == b"y" and not os.path.exists(home)
+        os.mkdir(os.path.join(home, "x"))
+        os.rmdir(os.path.join(home, "x"))
+        os.chmod(home, 0o755)
+        return answer == b"y"
     except OSError:  # a root without these capabilities
         return False
     finally:
+        os.rmdir(home)
         os.close(ready)
 
 

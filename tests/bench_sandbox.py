@@ -1,6 +1,6 @@
-"""Latency of the sandbox against `subprocess.run([python, script])`, interleaved; then many runs in a row.
+"""Latency of the sandbox against `subprocess.run([python, script])`; then many runs in a row.
 
-    python tests/bench_sandbox.py [--rounds 15] [--runs 1000] [--sleepers]
+    python tests/bench_sandbox.py [--rounds 15] [--runs 1000]
 
 Prints one line a case: median milliseconds of both ways and their ratio; then p99 / median over
 --runs runs, and what grew: memory and descriptors of owner and fork server, files on disk. One
@@ -57,7 +57,13 @@ def compare(sandbox: Sandbox, competition: Competition, rounds: int) -> None:
             for name, code in CASES.items():
                 Path(folder, "script.py").write_text(code)
                 command = [sys.executable, "script.py"]
-                times[name][0].append(milliseconds(lambda: subprocess.run(command, cwd=folder, env=environment, capture_output=True)))
+                times[name][0].append(
+                    milliseconds(
+                        lambda: subprocess.run(
+                            command, cwd=folder, env=environment, capture_output=True
+                        )
+                    )
+                )
                 times[name][1].append(milliseconds(lambda: sandbox.run(competition, code)))
     print(f"{'':34} {'subprocess':>11} {'sandbox':>9} {'ratio':>7} {'bound':>6}")
     for name, (plain, ours) in times.items():
@@ -68,7 +74,9 @@ def compare(sandbox: Sandbox, competition: Competition, rounds: int) -> None:
 
 def endurance(sandbox: Sandbox, competition: Competition, runs: int) -> None:
     """Many short runs: the tail of the latency, and what grows."""
-    code = IMPORTS + 'pd.read_csv("input/sample_submission.csv").to_csv("submission.csv", index=False)'
+    code = (
+        IMPORTS + 'pd.read_csv("input/sample_submission.csv").to_csv("submission.csv", index=False)'
+    )
 
     def sizes() -> dict:
         out = {}
@@ -85,22 +93,31 @@ def endurance(sandbox: Sandbox, competition: Competition, runs: int) -> None:
     after = sizes()
     time.sleep(0.5)
     median, p99 = statistics.median(times), times[int(0.99 * runs)]
-    print(f"\n{runs} runs: median {median:.1f} ms, p99 {p99:.1f} ms = {p99 / median:.2f}x, maximum {times[-1]:.1f} ms")
+    print(
+        f"\n{runs} runs: median {median:.1f} ms, p99 {p99:.1f} ms = {p99 / median:.2f}x, "
+        f"maximum {times[-1]:.1f} ms"
+    )
     print("grew: " + ", ".join(f"{name} {after[name] - before[name]:+.1f}" for name in before))
-    print(f"left on disk: {[name for name in os.listdir(sandbox.hello['root']) if name != 'canary']}")
+    print(
+        f"left on disk: {[name for name in os.listdir(sandbox.hello['root']) if name != 'canary']}"
+    )
 
 
 def kills(competition: Competition, times: int = 5) -> None:
-    """kill -9 of an owner in the middle of runs: seconds until its whole tree is dead and its files are gone."""
+    """kill -9 in the middle of runs: seconds until the tree is dead and its files are gone."""
     from test_sandbox import OWNER, alive, descendants
 
     seconds = {"owner": [], "fork server": []}
     for victim in seconds:
         for _ in range(times):
             with tempfile.TemporaryDirectory() as scratch:
-                here, directory = str(Path(__file__).resolve().parent.parent), str(competition.public_dir.parent.parent)
+                here, directory = str(Path(__file__).resolve().parent.parent), str(
+                    competition.public_dir.parent.parent
+                )
                 text = OWNER.format(here=here, directory=directory, scratch=scratch)
-                owner = subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+                owner = subprocess.Popen(
+                    [sys.executable, "-c", text], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+                )
                 server = int(owner.stdout.readline())
                 while len(tree := descendants(owner.pid)) < 7:
                     time.sleep(0.01)
@@ -116,17 +133,23 @@ def kills(competition: Competition, times: int = 5) -> None:
                     owner.wait()
                     time.sleep(1)
     for victim, measured in seconds.items():
-        print(f"kill -9 of the {victim}: tree dead and files gone after at most {max(measured):.3f} s of {times} times")
+        print(
+            f"kill -9 of the {victim}: "
+            f"tree dead and files gone after at most {max(measured):.3f} s of {times} times"
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=15, help="interleaved rounds of the comparison")
-    parser.add_argument("--runs", type=int, default=1000, help="runs in a row for the tail of the latency")
+    parser.add_argument(
+        "--rounds", type=int, default=15, help="interleaved rounds of the comparison"
+    )
+    parser.add_argument(
+        "--runs", type=int, default=1000, help="runs in a row for the tail of the latency"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         competition = make_competition(Path(folder))
-        start = milliseconds(lambda: None)
         sandbox = None
 
         def begin():
@@ -134,7 +157,10 @@ def main() -> None:
             sandbox = Sandbox(slots=1)
 
         start = milliseconds(begin)
-        print(f"fork server ready after {start:.0f} ms ({sandbox.isolation}); load {os.getloadavg()[0]:.1f}\n")
+        print(
+            f"fork server ready after {start:.0f} ms ({sandbox.isolation}); "
+            f"load {os.getloadavg()[0]:.1f}\n"
+        )
         with sandbox:
             compare(sandbox, competition, options.rounds)
             endurance(sandbox, competition, options.runs)
