@@ -1388,7 +1388,7 @@ if __name__ == "__main__":
     parser.add_argument(
         "--layers", default="landlock,seccomp", help="layers in force, comma-separated"
     )
-    parser.add_argument("--quick", action="store_true", help="leave out those that wait for a limit")
+    parser.add_argument("--quick", action="store_true", help="without those that wait for a limit")
     options = parser.parse_args()
     chosen = [a for a in ATTACKS if a.name in options.names] if options.names else ATTACKS
     if options.quick:
