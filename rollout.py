@@ -265,7 +265,7 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.85
     tensor_parallel_size: int = 1
     enforce_eager: bool = True
-    threads: int = 2  # CPU threads of the engine; without meaning on GPUs
+    threads: int = 1  # CPU threads of the engine; without meaning on GPUs
     seed: int = 0
 
 

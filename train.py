@@ -98,7 +98,7 @@ class Config:
     sandbox_slots: int = opt(2, "scripts that run at the same time per rollout rank")
     sandbox_gpus: str = opt("", "GPU ids that scripts may see, e.g. 6,7; '' for none")
     learner_threads: int = opt(2, "CPU threads of the learner (CPU training only)")
-    engine_threads: int = opt(2, "CPU threads of the engine (CPU engines only)")
+    engine_threads: int = opt(1, "CPU threads of the engine (CPU engines only)")
     # --- asynchrony
     max_staleness: int = opt(2, "eta: versions a group may be old when it is learnt from; 0: "
                                 "synchronous")
@@ -130,7 +130,7 @@ class Config:
     tau: float = opt(1.0, "temperature of the task distribution; smaller is greedier")
     epsilon: float = opt(0.2, "share of the task distribution that is uniform over competitions")
     # --- the learner
-    learning_rate: float = opt(2e-4, "peak learning rate of AdamW")
+    learning_rate: float = opt(4e-4, "peak learning rate of AdamW")
     warmup_steps: int = opt(3, "steps of linear warm-up")
     max_grad_norm: float = opt(1.0, "gradient norm is clipped at this")
     token_budget: int = opt(8192, "tokens packed into one micro-batch")
@@ -668,6 +668,13 @@ def die_with_parent() -> None:
         os._exit(1)
 
 
+def interrupt_on_signals() -> None:
+    """Ctrl-C and SIGTERM both raise KeyboardInterrupt, also where the shell had them ignored, as it
+    does for background jobs."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
 def exit_on_sigterm() -> None:
     """torchrun ends its ranks with SIGTERM, perhaps inside a collective: leave at once, and let
     the guard clean up."""
@@ -688,6 +695,8 @@ def rollout_main(config: Config, rank: int, address, key: bytes) -> None:
     """A rollout rank: one engine, one pool of sandboxes, threads that serve the task queue."""
     from transformers import AutoTokenizer
 
+    scratch = scratch_folder("sandbox")
+    start_guard([scratch])
     ended = queue.Queue()  # None when there is nothing left to do, or the error
     connect = connect_queues(address, key)
     weights, acks = connect(f"weights/{rank}"), connect("acks")
@@ -703,7 +712,11 @@ def rollout_main(config: Config, rank: int, address, key: bytes) -> None:
         seed=config.seed + rank))
     sandbox = Sandbox(slots=config.sandbox_slots, timeout=config.timeout,
                       cpu_seconds=config.cpu_seconds, memory_mb=config.memory_mb,
-                      unsafe=config.unsafe)
+                      gpus=[config.sandbox_gpus] * config.sandbox_slots if config.sandbox_gpus
+                      else None, unsafe=config.unsafe, scratch=str(scratch))
+    if sandbox.problem:
+        raise UserError(f"scripts cannot be isolated here: {sandbox.problem}; --unsafe runs them "
+                        "without isolation")
     worker = RolloutWorker(
         connect("tasks"), connect("results"), engine, sandbox,
         Prompter(tokenizer, competitions, budget),
@@ -1042,7 +1055,7 @@ def train(config: Config, resume: bool) -> None:
     if world == 1:
         rollout_ranks = [1]
         child = multiprocessing.get_context("spawn").Process(
-            target=child_main, args=(config, address, key), daemon=True)
+            target=child_main, args=(config, address, key))
         child.start()
     else:
         rollout_ranks = list(range(config.learner_ranks, world, config.tensor_parallel))
@@ -1111,6 +1124,7 @@ def main(argv: list[str] | None = None) -> int:
             print(text, file=sys.stderr, flush=True)
 
     try:
+        interrupt_on_signals()
         config, arguments = parse_config(argv)
         validate(config, int(os.environ.get("WORLD_SIZE", 1)))
         check_model(config.model)
