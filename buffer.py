@@ -84,6 +84,7 @@ class Trace:
     base_reward: float = 0.0  # of the outcome alone
     reward: float = 0.0  # what the policy is trained on: base + improve bonus
     reason: str = ""  # why it failed, in a line
+    isolation: str = ""  # what confined the execution; "unsafe (...)" when something was missing
 
     def public(self) -> dict[str, Any]:
         """Every field but the token arrays, as JSON types: a line of traces.jsonl.

@@ -445,6 +445,7 @@ def describe_run(trace: Trace, run: Execution) -> None:
     trace.output = own_traceback(run.stderr_tail) or run.stdout_tail.strip()
     trace.validation_score, trace.valid, trace.score = run.validation_score, run.valid, run.score
     trace.medal, trace.human_rank, trace.reason = run.medal, run.human_rank, run.reason
+    trace.isolation = run.isolation
 
 
 def execute(trace: Trace, task: Task, competition: Competition, sandbox: Sandbox,
@@ -653,9 +654,6 @@ RATES = {  # total of report.json -> value of one run
 
 def report_totals(rows: list[dict], steps: int) -> dict:
     """Mean over competitions, then mean and standard error (ddof 1) over seeds.
-
-    >>> rows = [AgentRun(Competition, seed).row() | {"human_rank": h}
-    ...         for seed, h in ((0, 0.4), (1, 0.6))]  # doctest: +SKIP
     """
     seeds = sorted({r["seed"] for r in rows})
     totals = {}

@@ -85,16 +85,17 @@ class Config:
     run_dir: str = opt("", "where the run is written; '' means runs/<preset>-<time>")
     seed: int = opt(0, "seed of the sampler, the engine and the learner")
     # --- how much
-    steps: int = opt(60, "learner steps")
+    steps: int = opt(64, "learner steps")
     groups: int = opt(8, "B: groups (tasks) a learner step")
-    responses: int = opt(16, "G: responses a group; the advantage compares them")
+    responses: int = opt(12, "G: responses a group; the advantage compares them")
     eval_drafts: int = opt(32, "drafts per competition before and after training; 0: no evaluation")
     checkpoint_every: int = opt(20, "steps between checkpoints; the last step always has one")
     keep_checkpoints: int = opt(2, "checkpoints kept; older ones are deleted")
     # --- roles
     learner_ranks: int = opt(0, "L: ranks that learn, the others roll out; 0: half of them")
     tensor_parallel: int = opt(1, "GPUs per engine; so many rollout ranks share one engine")
-    rollout_threads: int = opt(8, "groups in flight per engine")
+    rollout_threads: int = opt(24, "groups in flight per engine; (eta + 1) * B keeps the engine's batches "
+                                       "large: it samples a whole hand-out at once")
     sandbox_slots: int = opt(2, "scripts that run at the same time per rollout rank")
     sandbox_gpus: str = opt("", "GPU ids that scripts may see, e.g. 6,7; '' for none")
     learner_threads: int = opt(2, "CPU threads of the learner (CPU training only)")
@@ -141,7 +142,7 @@ class Config:
     engine_dtype: str = opt("float32", "dtype of the vLLM engine", choices=["float32", "bfloat16"])
     max_model_len: int = opt(1024, "prompt + response, tokens")
     max_response_tokens: int = opt(256, "longest response, tokens")
-    max_num_seqs: int = opt(64, "sequences decoded together")
+    max_num_seqs: int = opt(96, "sequences decoded together")
     kv_cache_gib: float = opt(0.5, "key-value cache, GiB; 0: vLLM's fraction of the GPU memory")
     logprob_gap_limit: float = opt(0.02, "mean |engine - learner| log-probability on the probe "
                                          "after an update beyond which training stops, nat")
