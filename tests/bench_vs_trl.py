@@ -41,7 +41,7 @@ def make_model(directory: Path) -> None:
 
     torch.manual_seed(0)
     model = Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=VOCABULARY, hidden_size=256, intermediate_size=688, num_hidden_layers=6,
+        vocab_size=VOCABULARY, hidden_size=256, intermediate_size=752, num_hidden_layers=6,
         num_attention_heads=8, num_key_value_heads=4, head_dim=32, max_position_embeddings=1024,
         tie_word_embeddings=True, eos_token_id=1, pad_token_id=0, bos_token_id=None))
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters")
@@ -102,8 +102,9 @@ def our_side(model_dir: Path, args: argparse.Namespace, dtype: str, share: bool)
         engine.load(model_dir.parent / "published", learner.version)
         done = time.perf_counter()
         rows.append(dict(generation=generated - start, learning=learned - generated,
-                         learning_cpu=cpu, sync=done - learned, step=done - start, tokens=metrics["tokens_total"],
-                         response_tokens=metrics["tokens"], logprob_diff=metrics["logprob_diff"]))
+                         learning_cpu=cpu, sync=done - learned, step=done - start,
+                         tokens=metrics["tokens_total"], response_tokens=metrics["tokens"],
+                         logprob_diff=metrics["logprob_diff"]))
     engine.close()
     return average(rows[args.warmup :])
 
