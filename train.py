@@ -116,7 +116,7 @@ class Config:
     tis_cap: float = opt(0.0, "cap of truncated importance sampling; 0: off (the ratio to the "
                               "behaviour policy corrects already)")
     kl_coef: float = opt(0.0, "weight of the KL divergence to the initial policy; 0: no reference")
-    kl_kind: str = opt("k3", "estimator of that KL", choices=["k1", "k2", "k3"])
+    kl_kind: str = opt("k3", "estimator of that KL", choices=["k2", "k3"])
     entropy_coef: float = opt(0.005, "weight of the entropy bonus")
     temperature: float = opt(1.0, "sampling temperature; it divides the learner's logits too")
     reward: str = opt("rank", "what a valid submission earns: human rank, milestones, medals only",
@@ -253,6 +253,8 @@ def validate(config: Config, world_size: int) -> None:
     if config.max_response_tokens >= config.max_model_len:
         raise UserError("--max-response-tokens must be smaller than --max-model-len, which holds "
                         "prompt and response")
+    if config.token_budget < config.max_model_len:
+        raise UserError("--token-budget must be at least --max-model-len: a sequence has to fit")
     rollout_ranks = max(world_size - config.learner_ranks, 1)
     if rollout_ranks % config.tensor_parallel:
         raise UserError(f"--tensor-parallel {config.tensor_parallel} does not divide the "
@@ -632,24 +634,41 @@ def connect_queues(address: tuple[str, int], key: bytes):
 # 5. Nothing stays behind
 
 GUARD = """
-import os, select, shutil, signal, sys
+import os, pathlib, select, shutil, signal, sys, time
+
 rank, group, folders = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
-signal.signal(signal.SIGINT, signal.SIG_IGN)
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+def members():
+    for stat in pathlib.Path('/proc').glob('[0-9]*/stat'):
+        try:
+            state, _, pgrp = stat.read_text().rpartition(')')[2].split()[:3]
+            if int(pgrp) == group and state not in 'ZX':
+                yield int(stat.parent.name), (stat.parent / 'cmdline').read_bytes()
+        except OSError:
+            pass  # it has ended meanwhile
+
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_IGN)
 select.select([os.pidfd_open(rank)], [], [])
-if group:
-    try: os.killpg(group, signal.SIGKILL)
-    except ProcessLookupError: pass
-for folder in folders: shutil.rmtree(folder, ignore_errors=True)
+# Python's resource trackers unlink shared memory and semaphores once their clients are dead.
+deadline = time.monotonic() + 5
+while group and (alive := list(members())):
+    for pid, command in alive:
+        if b'resource_tracker' not in command or time.monotonic() > deadline:
+            try: os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError: pass
+    select.select([], [], [], 0.05)
+for folder in folders:
+    shutil.rmtree(folder, ignore_errors=True)
 """
 
 
 def start_guard(folders: list[Path]) -> None:
     """Start a process that outlives this one and cleans up when it has ended, however it did.
 
-    It kills what is left of this process's group (vLLM's engine, the sandbox's fork server) when
-    the process leads a session of its own, as every rank under torchrun does, and removes folders.
-    A kernel without pidfd_open (before 5.3) is an error here.
+    It removes folders, and kills what is left of this process's group (vLLM's engine, the
+    sandbox's fork server) when this process leads a session of its own, as every rank under
+    torchrun does. Needs Linux 5.3 (pidfd_open).
     """
     leads = os.getsid(0) == os.getpid()
     subprocess.Popen(

@@ -14,7 +14,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -83,27 +82,42 @@ def torchrun(ranks: int) -> list[str]:
             "--master-port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
 
 
-def start(command: list[str], log: Path) -> subprocess.Popen:
-    """Start a run in a session of its own, marked by an environment variable."""
-    with open(log, "w") as output:
-        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=log.parent,
-                                start_new_session=True,
-                                env={**os.environ, "ACEGRPO_TEST": str(log), "OMP_NUM_THREADS": "1"})
+class Started:
+    """A run in a session of its own, and a way to find whatever descends from it."""
 
+    def __init__(self, command: list[str], log: Path):
+        self.log, self.shm, self.time = log, shared_memory(), time.time()
+        with open(log, "w") as output:
+            self.process = subprocess.Popen(
+                command, stdout=output, stderr=subprocess.STDOUT, cwd=log.parent,
+                start_new_session=True,
+                env={**os.environ, "ACEGRPO_TEST": str(log), "OMP_NUM_THREADS": "1"})
 
-def ours(log: Path) -> list[psutil.Process]:
-    """Every process that descends from a run, whoever its parent is now."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if (process.environ().get("ACEGRPO_TEST") == str(log)
-                    or "acegrpo" in " ".join(process.cmdline())
-                    or "sandbox.py" in " ".join(process.cmdline())):
-                if process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE:
+    def alive(self) -> list[psutil.Process]:
+        """Processes that carry our mark; the sandbox's own start with an empty environment."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                marked = process.environ().get("ACEGRPO_TEST") == str(self.log)
+                sandbox = ("sandbox.py" in " ".join(process.cmdline())
+                           and process.create_time() > self.time)
+                if (marked or sandbox) and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(process)
-        except psutil.Error:
-            pass
-    return found
+            except psutil.Error:
+                pass
+        return found
+
+    def finish(self, seconds: float) -> str:
+        """Wait for a successful end; returns what was printed."""
+        status = self.process.wait(seconds)
+        text = self.log.read_text()
+        assert status == 0, text[-3000:]
+        return text
+
+    def assert_nothing_stays(self) -> None:
+        wait_until(lambda: not self.alive(), 30, f"the end of {self.alive()}", self.log)
+        wait_until(lambda: shared_memory() <= self.shm, 10,
+                   f"clean shared memory {shared_memory() - self.shm}")
 
 
 def shared_memory() -> set[str]:
@@ -121,12 +135,6 @@ def wait_until(condition, seconds: float, what: str, log: Path | None = None) ->
 
 def rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def assert_nothing_stays(log: Path, shm_before: set[str]) -> None:
-    wait_until(lambda: not ours(log), 30, f"the end of all processes {ours(log)}", log)
-    wait_until(lambda: shared_memory() <= shm_before, 10,
-               f"clean shared memory {shared_memory() - shm_before}")
 
 
 def check_run(run_dir: Path, steps: int) -> None:
@@ -150,81 +158,79 @@ def check_run(run_dir: Path, steps: int) -> None:
 
 
 def test_torchrun_with_two_ranks(world, tmp_path):
-    log, shm = tmp_path / "log", shared_memory()
-    process = start(torchrun(2) + arguments(world, tmp_path / "run"), log)
-    assert process.wait(300) == 0, log.read_text()[-3000:]
+    run = Started(torchrun(2) + arguments(world, tmp_path / "run"), tmp_path / "log")
+    run.finish(300)
     check_run(tmp_path / "run", 3)
-    assert_nothing_stays(log, shm)
+    run.assert_nothing_stays()
     assert (tmp_path / "run").stat().st_mode & 0o077 == 0
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 2  # pruned to the last two
 
 
 def test_kill_and_resume(world, tmp_path):
     """kill -9 of the single process in mid-run; the resumed run goes on from its checkpoint."""
-    log, shm, run_dir = tmp_path / "log", shared_memory(), tmp_path / "run"
-    process = start([sys.executable] + arguments(world, run_dir, steps=40), log)
+    log, run_dir = tmp_path / "log", tmp_path / "run"
+    run = Started([sys.executable] + arguments(world, run_dir, steps=40), log)
     wait_until(lambda: len(rows(run_dir / "metrics.jsonl")) >= 2, 200, "two steps", log)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert_nothing_stays(log, shm)
+    run.process.kill()
+    run.process.wait()
+    run.assert_nothing_stays()
     done = sorted(int(p.parent.name.split("_")[1]) for p in run_dir.glob("checkpoints/*/DONE"))
     saved = json.loads((run_dir / f"checkpoints/step_{done[-1]}/curriculum.json").read_text())
     assert saved["step"] == done[-1]
     finished = len(rows(run_dir / "groups.jsonl"))
 
     steps = done[-1] + 2
-    process = start([sys.executable, str(ROOT / "train.py"), "--resume", str(run_dir),
-                     "--steps", str(steps)], log)
-    assert process.wait(300) == 0, log.read_text()[-3000:]
-    assert f"after step {done[-1]}" in log.read_text()
+    run = Started([sys.executable, str(ROOT / "train.py"), "--resume", str(run_dir),
+                   "--steps", str(steps)], log)
+    assert f"after step {done[-1]}" in run.finish(300)
     check_run(run_dir, steps)
     groups = rows(run_dir / "groups.jsonl")
-    assert len(groups) >= finished  # no finished group was lost
+    assert len(groups) > finished  # no finished group was lost
     assert [g["sequence"] for g in groups] == list(range(1, len(groups) + 1))
     assert {g["epoch"] for g in groups} == {0, 1}
     versions = [m["policy_version"] for m in rows(run_dir / "metrics.jsonl")]
     assert versions == sorted(versions) and versions[-1] >= saved["version"]
-    assert_nothing_stays(log, shm)
+    run.assert_nothing_stays()
 
 
 def test_ctrl_c_cleans_up(world, tmp_path):
-    log, shm, run_dir = tmp_path / "log", shared_memory(), tmp_path / "run"
-    process = start([sys.executable] + arguments(world, run_dir, steps=40), log)
+    log, run_dir = tmp_path / "log", tmp_path / "run"
+    run = Started([sys.executable] + arguments(world, run_dir, steps=40, eval_drafts=0), log)
     wait_until(lambda: len(rows(run_dir / "metrics.jsonl")) >= 1, 200, "a step", log)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(30) == 130
+    run.process.send_signal(signal.SIGINT)
+    assert run.process.wait(30) == 130
     assert "--resume" in log.read_text()
-    assert_nothing_stays(log, shm)
+    run.assert_nothing_stays()
 
 
 @pytest.mark.parametrize("victim", ["torchrun", "learner", "rollout"])
 def test_kill_9_under_torchrun_leaves_nothing(world, tmp_path, victim):
-    log, shm, run_dir = tmp_path / "log", shared_memory(), tmp_path / "run"
-    process = start(torchrun(2) + arguments(world, run_dir, steps=40, eval_drafts=0), log)
+    log, run_dir = tmp_path / "log", tmp_path / "run"
+    run = Started(torchrun(2) + arguments(world, run_dir, steps=40, eval_drafts=0), log)
     wait_until(lambda: len(rows(run_dir / "metrics.jsonl")) >= 1, 200, "a step", log)
-    agent = psutil.Process(process.pid)
-    ranks = {c.environ()["RANK"]: c for c in agent.children()}
+    agent = psutil.Process(run.process.pid)
+    ranks = {c.environ()["RANK"]: c for c in agent.children() if "RANK" in c.environ()}
     {"torchrun": agent, "learner": ranks["0"], "rollout": ranks["1"]}[victim].kill()
-    assert process.wait(60) != 0
-    assert_nothing_stays(log, shm)
+    assert run.process.wait(60) != 0
+    run.assert_nothing_stays()
 
 
 @pytest.mark.long
 def test_two_learner_and_two_rollout_ranks(world, tmp_path):
-    log, shm = tmp_path / "log", shared_memory()
-    command = torchrun(4) + arguments(world, tmp_path / "run", learner_ranks=2)
-    assert start(command, log).wait(400) == 0, log.read_text()[-3000:]
+    run = Started(torchrun(4) + arguments(world, tmp_path / "run", learner_ranks=2),
+                  tmp_path / "log")
+    run.finish(400)
     check_run(tmp_path / "run", 3)
-    assert_nothing_stays(log, shm)
+    run.assert_nothing_stays()
 
 
 @pytest.mark.long
 def test_eight_ranks(world, tmp_path):
-    log, shm = tmp_path / "log", shared_memory()
-    command = torchrun(8) + arguments(world, tmp_path / "run", steps=2, kv_cache_gib=0.1)
-    assert start(command, log).wait(900) == 0, log.read_text()[-3000:]
+    run = Started(torchrun(8) + arguments(world, tmp_path / "run", steps=2, kv_cache_gib=0.1),
+                  tmp_path / "log")
+    run.finish(900)
     check_run(tmp_path / "run", 2)
-    assert_nothing_stays(log, shm)
+    run.assert_nothing_stays()
 
 
 @pytest.mark.parametrize("tied", [True, False])
