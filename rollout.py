@@ -375,7 +375,11 @@ class Engine:
         self.version = version
 
     def close(self) -> None:
-        self.llm.shutdown()
+        async def stop():  # on the loop: vLLM cancels tasks of its own there
+            self.llm.shutdown()
+
+        self._wait(stop())
+        self.llm = None  # vLLM's finaliser fails when it runs as late as the interpreter's exit
         self.loop.call_soon_threadsafe(self.loop.stop)
 
 

@@ -94,16 +94,19 @@ class Started:
                 env={**os.environ, "ACEGRPO_TEST": str(log), "OMP_NUM_THREADS": "1"})
 
     def alive(self) -> list[psutil.Process]:
-        """Processes that carry our mark; the sandbox's own start with an empty environment."""
+        """Processes that carry our mark in their environment, and sandbox processes, whose
+        environment is empty, that belong to a marked one or have lost their owner."""
         found = []
         for process in psutil.process_iter():
             try:
-                marked = process.environ().get("ACEGRPO_TEST") == str(self.log)
-                sandbox = ("sandbox.py" in " ".join(process.cmdline())
-                           and process.create_time() > self.time)
-                if (marked or sandbox) and process.status() != psutil.STATUS_ZOMBIE:
+                owner = process
+                while "sandbox.py" in " ".join(owner.cmdline()):
+                    owner = owner.parent()
+                lost = owner.pid == 1 and process.create_time() > self.time and owner != process
+                marked = owner.environ().get("ACEGRPO_TEST") == str(self.log)
+                if (lost or marked) and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(process)
-            except psutil.Error:
+            except (psutil.Error, AttributeError):
                 pass
         return found
 
