@@ -70,7 +70,7 @@ def arguments(world: Path, run_dir: Path, **flags) -> list[str]:
     values = dict(preset="tiny", model=world / "policy", run_dir=run_dir,
                   competitions=world / "competitions/train",
                   heldout=world / "competitions/heldout", steps=3, groups=3, responses=6,
-                  eval_drafts=4, rollout_threads=4, checkpoint_every=1, max_model_len=768,
+                  eval_drafts=4, rollout_threads=4, checkpoint_every=1, max_model_len=1536,
                   max_response_tokens=192, learner_threads=1, engine_threads=1) | flags
     return [str(ROOT / "train.py")] + [
         part for name, value in values.items()
@@ -180,7 +180,7 @@ def test_kill_and_resume(world, tmp_path):
     done = sorted(int(p.parent.name.split("_")[1]) for p in run_dir.glob("checkpoints/*/DONE"))
     saved = json.loads((run_dir / f"checkpoints/step_{done[-1]}/curriculum.json").read_text())
     assert saved["step"] == done[-1]
-    finished = len(rows(run_dir / "groups.jsonl"))
+    finished = rows(run_dir / "groups.jsonl")
 
     steps = done[-1] + 2
     run = Started([sys.executable, str(ROOT / "train.py"), "--resume", str(run_dir),
@@ -188,7 +188,7 @@ def test_kill_and_resume(world, tmp_path):
     assert f"after step {done[-1]}" in run.finish(300)
     check_run(run_dir, steps)
     groups = rows(run_dir / "groups.jsonl")
-    assert len(groups) > finished  # no finished group was lost
+    assert groups[:len(finished)] == finished and len(groups) > len(finished)  # nothing is lost
     assert [g["sequence"] for g in groups] == list(range(1, len(groups) + 1))
     assert {g["epoch"] for g in groups} == {0, 1}
     versions = [m["policy_version"] for m in rows(run_dir / "metrics.jsonl")]
