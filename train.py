@@ -98,7 +98,8 @@ class Config:
                                        "large: it samples a whole hand-out at once")
     sandbox_slots: int = opt(2, "scripts that run at the same time per rollout rank")
     sandbox_gpus: str = opt("", "GPU ids that scripts may see, e.g. 6,7; '' for none")
-    learner_threads: int = opt(2, "CPU threads of the learner (CPU training only)")
+    learner_threads: int = opt(1, "CPU threads of the learner (CPU training only); two that wait for "
+                                  "each other lose where sandboxes want the same cores")
     engine_threads: int = opt(1, "CPU threads of the engine (CPU engines only)")
     # --- asynchrony
     max_staleness: int = opt(2, "eta: versions a group may be old when it is learnt from; 0: "
