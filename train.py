@@ -689,11 +689,18 @@ def die_with_parent() -> None:
         os._exit(1)
 
 
+INTERRUPTED = threading.Event()
+
+
 def interrupt_on_signals() -> None:
     """Ctrl-C and SIGTERM both raise KeyboardInterrupt, also where the shell had them ignored, as it
     does for background jobs."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    def interrupt(*_):
+        INTERRUPTED.set()
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
 
 
 def exit_on_sigterm() -> None:
@@ -1176,7 +1183,9 @@ def main(argv: list[str] | None = None) -> int:
     except WorkerDied as error:
         say(f"train.py: {error}; go on with --resume {config.run_dir}")
         return 1
-    except KeyboardInterrupt:
+    except BaseException:
+        if not INTERRUPTED.is_set():  # a checkpoint being written turns it into another exception
+            raise
         say(f"\ninterrupted; go on with --resume {config.run_dir}")
         return 130
 
