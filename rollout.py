@@ -30,7 +30,6 @@ import asyncio
 import json
 import math
 import os
-import queue
 import random
 import re
 import sys
@@ -334,14 +333,18 @@ class Engine:
             raise EngineDead("the vLLM engine has died; its own message is above") from error
         return last
 
-    def generate(self, prompt_ids: list[int], n: int, max_tokens: int, temperature: float = 1.0,
-                 seed: int | None = None) -> tuple[list[Completion], int]:
-        """Sample n responses to one prompt: (completions, policy version when it was started)."""
+    def generate(self, prompt_ids: list[int], n: int, max_tokens: int, temperature: float = 1.0
+                 ) -> tuple[list[Completion], int]:
+        """Sample n responses to one prompt: (completions, policy version when it was started).
+
+        There is one seed, the engine's: seeds of single requests kill vLLM's CPU backend ("CPU
+        Generator does not use offset") when a prompt is prefilled in chunks.
+        """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         params = SamplingParams(
-            n=n, max_tokens=max_tokens, temperature=temperature, top_p=1.0, top_k=0, seed=seed,
+            n=n, max_tokens=max_tokens, temperature=temperature, top_p=1.0, top_k=0,
             logprobs=0,  # 0: the sampled token's own log-probability only
             # Without FINAL_ONLY the last yielded output misses the choices that ended earlier.
             output_kind=RequestOutputKind.FINAL_ONLY,
@@ -417,7 +420,6 @@ class RolloutConfig:
     temperature: float = 1.0
     reward: str = "rank"
     timeout: float = 60.0  # seconds of wall-clock for one script
-    seed: int | None = None
 
 
 def make_trace(task: Task, index: int, prompt_ids: list[int], completion: Completion,
@@ -490,7 +492,7 @@ def rollout(request: Request, engine, sandbox, prompter: Prompter, config: Rollo
                                      f"{config.max_response_tokens} response tokens")
     started = time.monotonic()
     completions, version = engine.generate(prompt_ids, request.n, config.max_response_tokens,
-                                           config.temperature, config.seed)
+                                           config.temperature)
     generated = time.monotonic()
     traces = []
     for index, completion in enumerate(completions):
@@ -617,7 +619,10 @@ def choose_best(competition: Competition, traces: list[Trace]) -> int | None:
 
 def run_agent(competition: Competition, seed: int, engine, sandbox, prompter: Prompter,
               config: RolloutConfig, agent: AgentConfig, progress=lambda: None) -> AgentRun:
-    """One run of the agent: `agent.steps` scripts, then the best by validation score."""
+    """One run of the agent: `agent.steps` scripts, then the best by validation score.
+
+    `seed` decides the search's own choices; the responses are the engine's to sample.
+    """
     rng = random.Random(f"{competition.id}/{seed}")
     run, submissions = AgentRun(competition, seed), []
     for _ in range(agent.steps):
@@ -627,7 +632,7 @@ def run_agent(competition: Competition, seed: int, engine, sandbox, prompter: Pr
             task = Task(f"{competition.id}/draft", competition.id, "draft")
             prompt_ids = prompter(task)
         completions, version = engine.generate(prompt_ids, 1, config.max_response_tokens,
-                                               config.temperature, rng.getrandbits(31))
+                                               config.temperature)
         text = prompter.tokenizer.decode(completions[0].token_ids, skip_special_tokens=True)
         trace = make_trace(task, 0, prompt_ids, completions[0], version, text)
         submission = None

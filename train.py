@@ -35,7 +35,6 @@ import queue
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -268,9 +267,10 @@ def check_model(directory: str) -> None:
     """Refuse a model directory that lacks what vLLM and the prompts need."""
     path = Path(directory)
     if not path.is_dir():
-        if "/" in directory and not path.parent.exists() and directory.count("/") == 1:
-            return  # looks like owner/name: Hugging Face resolves it
-        hint = "run `make data`" if directory == Config.model else "give a model directory"
+        default = directory == Config.model
+        if not default and directory.count("/") == 1 and not path.parent.exists():
+            return  # owner/name: Hugging Face resolves it
+        hint = "run `make data`" if default else "give a model directory"
         raise UserError(f"--model {directory}: no such directory; {hint}")
     if not (path / "config.json").is_file():
         raise UserError(f"--model {directory}: no config.json there; it must be a Hugging Face "
@@ -313,7 +313,6 @@ class Curriculum:
         self.dropped = 0  # groups that became too old (stale=drop)
         self.skipped = 0  # tasks whose prompt left no room for a response
         self.error: BaseException | None = None
-        self.stopped = False
 
     def start(self) -> None:
         threading.Thread(target=self.run, name="curriculum", daemon=True).start()
@@ -339,8 +338,8 @@ class Curriculum:
     def hand_out(self) -> None:
         """Hand out as many tasks as the staleness rule allows. Call with the lock held."""
         config = self.config
-        while (not self.stopped and self.handed < (self.version + config.max_staleness + 1)
-               * config.groups and self.issued < config.steps * config.groups):
+        while (self.handed < (self.version + config.max_staleness + 1) * config.groups
+               and self.issued < config.steps * config.groups):
             drawn = self.sampler.draw(1)
             if not drawn:
                 return  # every task is in flight
@@ -743,8 +742,9 @@ def rollout_main(config: Config, rank: int, address, key: bytes) -> None:
                       gpus=[config.sandbox_gpus] * config.sandbox_slots if config.sandbox_gpus
                       else None, unsafe=config.unsafe, scratch=str(scratch))
     if sandbox.problem:
-        raise UserError(f"scripts cannot be isolated here: {sandbox.problem}; --unsafe runs them "
-                        "without isolation")
+        print(f"rollout rank {rank}: scripts cannot be isolated here: {sandbox.problem}; --unsafe "
+              "runs them without isolation", file=sys.stderr)
+        leave(2)
     worker = RolloutWorker(
         connect("tasks"), connect("results"), engine, sandbox,
         Prompter(tokenizer, competitions, budget),
@@ -879,7 +879,8 @@ class Run:
                 self.save()
         bar.close()
         self.evaluate("after")
-        for orders in self.followers + [self.queues(f"weights/{r}") for r in self.rollout_ranks]:
+        ranks = range(self.rollout_ranks[0], self.rollout_ranks[-1] + config.tensor_parallel)
+        for orders in self.followers + [self.queues(f"weights/{rank}") for rank in ranks]:
             orders.put(None)
         self.queues("tasks").put(None)
 
@@ -1069,8 +1070,9 @@ def train(config: Config, resume: bool) -> None:
             os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
         if first:
             rollout_main(config, rank, address, key)
-        if world > 1:
-            dist.barrier()
+        else:  # its GPU belongs to another rank's engine: wait for the end
+            connect_queues(address, key)(f"weights/{rank}").get()
+        dist.barrier()
         return
 
     from learner import Learner
@@ -1152,6 +1154,12 @@ def print_plan(config: Config, splits: tuple[list, list]) -> None:
                         "or --activation-checkpointing")
 
 
+def how_to_go_on(config: Config | None) -> str:
+    if config and any(Path(config.run_dir).glob("checkpoints/step_*/DONE")):
+        return f"go on with --resume {config.run_dir}"
+    return "there is no checkpoint to go on from yet (--checkpoint-every)"
+
+
 def main(argv: list[str] | None = None) -> int:
     config = None
     first = os.environ.get("RANK", "0") == "0"
@@ -1181,12 +1189,12 @@ def main(argv: list[str] | None = None) -> int:
         say(f"train.py: {error}")
         return 2
     except WorkerDied as error:
-        say(f"train.py: {error}; go on with --resume {config.run_dir}")
+        say(f"train.py: {error}; {how_to_go_on(config)}")
         return 1
     except BaseException:
         if not INTERRUPTED.is_set():  # a checkpoint being written turns it into another exception
             raise
-        say(f"\ninterrupted; go on with --resume {config.run_dir}")
+        say(f"\ninterrupted; {how_to_go_on(config)}")
         return 130
 
 

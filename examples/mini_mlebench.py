@@ -37,7 +37,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy: tiny fits lose ti
 import argparse
 import json
 import sys
-import time
 import warnings
 import zlib
 from dataclasses import dataclass, field

@@ -22,7 +22,6 @@ How it is taught (everything here is [ours]):
 """
 
 import argparse
-import json
 import os
 import random
 import shutil

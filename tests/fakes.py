@@ -40,7 +40,7 @@ class FakeEngine:
         self.calls: dict = {}
         self.lock = threading.Lock()
 
-    def generate(self, prompt_ids, n, max_tokens, temperature, seed=None):
+    def generate(self, prompt_ids, n, max_tokens, temperature):
         version, task_id = self.version, "".join(map(chr, prompt_ids))
         with self.lock:  # the same task at the same version: another answer each time
             visit = self.calls[task_id, version] = self.calls.get((task_id, version), 0) + 1

@@ -199,7 +199,8 @@ def test_kill_and_resume(world, tmp_path):
 def test_ctrl_c_cleans_up(world, tmp_path):
     log, run_dir = tmp_path / "log", tmp_path / "run"
     run = Started([sys.executable] + arguments(world, run_dir, steps=40, eval_drafts=0), log)
-    wait_until(lambda: len(rows(run_dir / "metrics.jsonl")) >= 1, 200, "a step", log)
+    # Two steps, so that the first step's checkpoint is complete and another may be under way.
+    wait_until(lambda: len(rows(run_dir / "metrics.jsonl")) >= 2, 200, "two steps", log)
     run.process.send_signal(signal.SIGINT)
     assert run.process.wait(30) == 130
     assert "--resume" in log.read_text()

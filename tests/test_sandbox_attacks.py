@@ -24,7 +24,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +31,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sandbox import Competition, Sandbox, landlock_abi  # noqa: E402
+from sandbox import Competition, Sandbox  # noqa: E402
 
 MARK = (
     "S3CRET" + "-MARK"

@@ -193,16 +193,13 @@ def test_checkpoint_goes_on_like_the_uninterrupted_run(tmp_path):
             if sequences := make_batch(results, config):
                 rows[-1] |= learner.step(sequences)
             engine.version = learner.version
-            if len(rows) < steps:
-                curriculum.stepped(learner.version)
-        curriculum.stopped = True
-        curriculum.stepped(learner.version)  # nothing is handed out any more
+            curriculum.stepped(learner.version)
         curriculum.tasks.put(None)
         worker.join()
         curriculum.results.put(None)
         return rows
 
-    first, learner = make_curriculum(config), FakeLearner()
+    first, learner = make_curriculum(make_config(max_staleness=0, steps=4)), FakeLearner()
     rows = loop(first, FakeEngine(), learner, 4)
     state = json.loads(json.dumps({"epoch": 0, **first.state_dict()}))
     second, engine = make_curriculum(config), FakeEngine()
@@ -256,7 +253,10 @@ def test_every_field_is_documented_in_help(capsys):
 ])
 def test_bad_input_is_one_line_and_status_2(arguments, words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert train.main(["--preset", "tiny", *arguments]) == 2
+    (tmp_path / "model").mkdir()  # passes for one, so that the error is about what follows
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / "model" / name).write_text("{}")
+    assert train.main(["--preset", "tiny", "--model", "model", *arguments]) == 2
     error = capsys.readouterr().err.strip()
     assert len(error.splitlines()) == 1
     for word in words:
@@ -273,6 +273,20 @@ def test_unknown_value_of_a_flag_exits_2(capsys):
         parse_config(["--sampler", "best"])
     assert end.value.code == 2
     assert "--sampler" in capsys.readouterr().err
+
+
+def test_a_fresh_clone_is_told_to_make_its_data(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert train.main(["--preset", "tiny"]) == 2
+    assert "make data" in capsys.readouterr().err
+
+
+def test_the_hint_to_resume_is_only_given_with_a_checkpoint(tmp_path):
+    config = make_config(run_dir=str(tmp_path))
+    assert "--resume" not in train.how_to_go_on(config)
+    (tmp_path / "checkpoints/step_3").mkdir(parents=True)
+    (tmp_path / "checkpoints/step_3/DONE").touch()
+    assert f"--resume {tmp_path}" in train.how_to_go_on(config)
 
 
 def test_a_model_without_tokenizer_is_refused(tmp_path):
