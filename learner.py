@@ -429,15 +429,18 @@ class Policy(nn.Module):
         self.model = model
         self.temperature = temperature
 
-    def forward(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        """Log-probabilities (R,) of the response tokens and the entropies (R,) there."""
+    def forward(self, batch: MicroBatch, temperature: float | None = None
+                ) -> tuple[Tensor, Tensor]:
+        """Log-probabilities (R,) of the response tokens and the entropies (R,) there, at the
+        temperature of the sampling unless another is given."""
         hidden = self.model.base_model(
             input_ids=batch.tokens, position_ids=batch.position_ids, segments=batch.segments,
             use_cache=False,
         ).last_hidden_state[0]  # (T, H)
         hidden = hidden.index_select(0, batch.predictors)  # (R, H)
         head = self.model.get_output_embeddings().weight  # (V, H)
-        return grpo.chunked_token_logprobs(hidden, head, batch.targets, self.temperature)
+        return grpo.chunked_token_logprobs(
+            hidden, head, batch.targets, self.temperature if temperature is None else temperature)
 
 
 def check_supported(config) -> None:
@@ -677,21 +680,22 @@ class Learner:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
     @torch.no_grad()
-    def _forward(self, policy: Policy, batch: MicroBatch) -> Tensor:
+    def _forward(self, policy: Policy, batch: MicroBatch, temperature: float | None = None
+                 ) -> Tensor:
         """Log-probabilities (R,) without gradient."""
         with self._autocast():
-            logprobs, _ = policy(batch)  # (R,)
+            logprobs, _ = policy(batch, temperature)  # (R,)
         if isinstance(policy, FSDPModule):
             policy.reshard()  # the root keeps its parameters gathered until a backward pass
         return logprobs
 
-    def score(self, tokens: list[int]) -> np.ndarray:
+    def score(self, tokens: list[int], temperature: float | None = None) -> np.ndarray:
         """Log-probabilities (T - 1,) float32 of tokens[1:], each given the ones before it, at
-        the temperature of the configuration. Collective."""
+        the temperature of the sampling unless another is given. Collective."""
         tokens = np.asarray(tokens, np.int32)  # (T,)
         probe = Sequence(tokens, 1, np.zeros(len(tokens) - 1, np.float32), 0.0)
         batch = MicroBatch.build([probe], self.device)
-        return self._forward(self.policy, batch).float().cpu().numpy()
+        return self._forward(self.policy, batch, temperature).float().cpu().numpy()
 
     # -------------------------------------------------------------------------- publication
 

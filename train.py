@@ -794,8 +794,8 @@ def learner_follow(learner, orders) -> None:
     an execution of an hour must not trip NCCL's watchdog.
     """
     while (order := orders.get()) is not None:
-        method, argument = order
-        getattr(learner, method)(argument)
+        method, arguments = order
+        getattr(learner, method)(*arguments)
 
 
 class Run:
@@ -830,11 +830,11 @@ class Run:
         if resume:
             self.restore()
 
-    def everyone(self, method: str, argument) -> dict | None:
+    def everyone(self, method: str, *arguments):
         """Call a method of the learner on every learner rank; most of them are collectives."""
         for orders in self.followers:
-            orders.put((method, argument))
-        return getattr(self.learner, method)(argument)
+            orders.put((method, arguments))
+        return getattr(self.learner, method)(*arguments)
 
     # -- the loop
 
@@ -901,15 +901,17 @@ class Run:
         version = self.learner.version
         directory = self.scratch / f"v{version}"
         self.everyone("publish", directory)
-        own = self.everyone("score", self.probe)  # (T - 1,)
+        # An engine scores a prompt at temperature 1, whatever it samples at.
+        own = self.everyone("score", self.probe, 1.0)  # (T - 1,)
         for rank in self.rollout_ranks:
             self.queues(f"weights/{rank}").put((str(directory), version, self.probe))
-        gap = 0.0
+        gaps = []
         for _ in self.rollout_ranks:
             answer = self.queues("acks").get()
             if isinstance(answer, BaseException):  # from `fail`
                 raise answer
-            gap = max(gap, float(np.abs(own - answer).mean()))
+            gaps.append(np.abs(own - answer).mean())
+        gap = float(np.max(gaps))  # NaN if any is, and then refused below
         shutil.rmtree(directory)
         if not gap <= self.config.logprob_gap_limit:
             raise UserError(

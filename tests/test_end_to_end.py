@@ -262,10 +262,11 @@ def test_engine_and_learner_agree_after_an_update(world, tmp_path, tied):
         after = engine.score(tokens)
         assert np.abs(after - before).mean() > 0.05  # the step did change the policy
         assert np.abs(after - learner.score(tokens)).mean() < 1e-4
-        completions, version = engine.generate(tokens[:20], 2, 8)
-        assert version == 1
-        for completion in completions:  # sampled log-probabilities are the learner's too
-            own = learner.score(tokens[:20] + completion.token_ids)[19:]
-            assert np.abs(own - completion.logprobs).max() < 1e-3
+        for temperature in (1.0, 0.7):  # sampled log-probabilities are the learner's too
+            completions, version = engine.generate(tokens[:20], 2, 8, temperature)
+            assert version == 1
+            for completion in completions:
+                own = learner.score(tokens[:20] + completion.token_ids, temperature)[19:]
+                assert np.abs(own - completion.logprobs).max() < 1e-3
     finally:
         engine.close()

@@ -305,7 +305,9 @@ def test_metrics_by_hand(models):
 def test_temperature_enters_the_learner(models):
     tokens = make_sequences()[2].tokens
     one = L.Learner(models["llama"], make_config(), device="cpu").score(tokens)
-    warm = L.Learner(models["llama"], make_config(temperature=2.0), device="cpu").score(tokens)
+    learner = L.Learner(models["llama"], make_config(temperature=2.0), device="cpu")
+    warm = learner.score(tokens)
+    assert np.array_equal(learner.score(tokens, 1.0), one)  # what the engine's probe compares with
     model = AutoModelForCausalLM.from_pretrained(models["llama"])
     with torch.no_grad():
         logits = model(torch.tensor(tokens, dtype=torch.long)[None]).logits[0]  # (T, V)

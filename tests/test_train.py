@@ -4,7 +4,9 @@ import dataclasses
 import json
 import queue
 import threading
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -293,6 +295,50 @@ def test_a_model_without_tokenizer_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="no tokenizer"):
         train.check_model(str(tmp_path))
+
+
+# -- the self-check of a publication
+
+
+class PublishedLearner:
+    version = 3
+
+    def publish(self, directory):
+        directory.mkdir()
+
+    def score(self, tokens, temperature):
+        assert temperature == 1.0
+        return np.full(len(tokens) - 1, -2.0, np.float32)
+
+
+def publish(answers, tmp_path):
+    """Run.publish with two engines that answer the probe with these log-probabilities."""
+    queues = defaultdict(queue.Queue)
+    run = SimpleNamespace(learner=PublishedLearner(), scratch=tmp_path, probe=[1, 2, 3],
+                          rollout_ranks=[1, 2], config=make_config(), queues=queues.__getitem__)
+    run.everyone = lambda method, *arguments: getattr(run.learner, method)(*arguments)
+    for answer in answers:
+        queues["acks"].put(answer)
+    gap = train.Run.publish(run)
+    assert [queues[f"weights/{rank}"].get()[1] for rank in (1, 2)] == [3, 3]
+    return gap
+
+
+def test_a_publication_reports_the_largest_gap_and_leaves_no_files(tmp_path):
+    gap = publish([np.array([-2.0, -2.0]), np.array([-2.0, -2.01])], tmp_path)
+    assert gap == pytest.approx(0.005)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("wrong", [-2.5, float("nan")])
+def test_an_engine_with_other_weights_stops_training(wrong, tmp_path):
+    with pytest.raises(UserError, match="engine and learner disagree"):
+        publish([np.array([-2.0, wrong]), np.array([-2.0, -2.0])], tmp_path)
+
+
+def test_a_dead_rollout_rank_ends_the_wait_for_its_answer(tmp_path):
+    with pytest.raises(train.WorkerDied, match="exit code -9"):
+        publish([train.WorkerDied("exit code -9")], tmp_path)
 
 
 # -- queues
