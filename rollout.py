@@ -33,6 +33,7 @@ import os
 import random
 import re
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -280,7 +281,10 @@ class Engine:
     """
 
     def __init__(self, model_dir: str | Path, config: EngineConfig = EngineConfig(),
-                 version: int = 0):
+                 version: int = 0, scratch: Path | None = None):
+        # vLLM's processes talk through socket files, which it leaves behind when it is killed.
+        self.sockets = tempfile.TemporaryDirectory(prefix="vllm-", dir=scratch)
+        os.environ["VLLM_RPC_BASE_PATH"] = self.sockets.name
         # vLLM reads these when it is imported. `spawn` keeps its processes clear of our threads.
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -384,6 +388,7 @@ class Engine:
         self._wait(stop())
         self.llm = None  # vLLM's finaliser fails when it runs as late as the interpreter's exit
         self.loop.call_soon_threadsafe(self.loop.stop)
+        self.sockets.cleanup()
 
 
 # ---------------------------------------------------------------------------------------------

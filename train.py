@@ -84,7 +84,7 @@ class Config:
     run_dir: str = opt("", "where the run is written; '' means runs/<preset>-<time>")
     seed: int = opt(0, "seed of the sampler, the engine and the learner")
     # --- how much
-    steps: int = opt(54, "learner steps")
+    steps: int = opt(70, "learner steps")
     groups: int = opt(8, "B: groups (tasks) a learner step")
     responses: int = opt(12, "G: responses a group; the advantage compares them")
     eval_drafts: int = opt(32, "drafts per competition before and after training; 0: no evaluation")
@@ -722,7 +722,7 @@ def rollout_main(config: Config, rank: int, address, key: bytes) -> None:
     """A rollout rank: one engine, one pool of sandboxes, threads that serve the task queue."""
     from transformers import AutoTokenizer
 
-    scratch = scratch_folder("sandbox")
+    scratch = scratch_folder("rollout")
     start_guard([scratch])
     ended = queue.Queue()  # None when there is nothing left to do, or the error
     connect = connect_queues(address, key)
@@ -736,7 +736,7 @@ def rollout_main(config: Config, rank: int, address, key: bytes) -> None:
         max_model_len=config.max_model_len, max_num_seqs=config.max_num_seqs,
         dtype=config.engine_dtype, kv_cache_gib=config.kv_cache_gib or None,
         tensor_parallel_size=config.tensor_parallel, threads=config.engine_threads,
-        seed=config.seed + rank))
+        seed=config.seed + rank), scratch=scratch)
     sandbox = Sandbox(slots=config.sandbox_slots, timeout=config.timeout,
                       cpu_seconds=config.cpu_seconds, memory_mb=config.memory_mb,
                       gpus=[config.sandbox_gpus] * config.sandbox_slots if config.sandbox_gpus

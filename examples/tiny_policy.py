@@ -49,20 +49,42 @@ BUDGET = PromptBudget(description=600, preview=240, output=300)
 # 1. Random competitions
 
 
+ONSETS = (3 * "b c d f g h k l m n p r s t v w " + "j y z "
+          "bl br ch cl cr dr fl fr gl gr pl pr qu sc sh sk sl sp st sw th tr wh").split()
+VOWELS = "a e i o u a e i o u a e i o ai ea ee io oo ou y".split()
+CODAS = (*[""] * 12, *"b d g k l m n p r s t x ck ct ld ll nd ng nt rd rt ss st".split())
+GLUE = "the the the of a and in is to with by from that which for on are as at its when".split()
+
+
 def nonsense(rng: random.Random, taken: set[str]) -> str:
-    """A pronounceable word that is not in `taken`, which it then joins."""
+    """A pronounceable word that is not in `taken`, which it then joins. It means nothing, but is
+    spelt like English, so that the tokenizer and the policy are at ease with real names."""
     while True:
-        word = "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") + rng.choice("rnlsxt  ")
-                       for _ in range(rng.choice((2, 2, 3)))).replace(" ", "")
+        word = "".join(rng.choice(ONSETS) + rng.choice(VOWELS) + rng.choice(CODAS)
+                       for _ in range(rng.choice((1, 2, 2, 2, 3))))
         if word not in taken and len(word) > 3:
             taken.add(word)
             return word
 
 
+def make_story(rng: random.Random) -> str:
+    """Two or three sentences without meaning, about as long as those of a real competition."""
+    sentences = []
+    for _ in range(rng.choice((2, 2, 3))):
+        words = [rng.choice(GLUE) if rng.random() < 0.4 else nonsense(rng, set())
+                 for _ in range(rng.randint(4, 16))]
+        words[rng.randrange(len(words))] += rng.choice(("", "", ",", ";"))
+        sentences.append(" ".join(words).capitalize() + ".")
+    return " ".join(sentences)
+
+
 def make_world(rng: random.Random, number: int, taken: set[str]) -> bench.Spec:
     """One random competition. Its names and its story mean nothing; its data have some structure."""
-    metric = rng.choice(list(bench.METRICS))
-    regression = metric in ("rmse", "mae")
+    # Half of the worlds are regressions: with all metrics alike the policy, when in doubt, takes
+    # numbers for classes.
+    regression = rng.random() < 0.5
+    metric = rng.choice([name for name, m in bench.METRICS.items()
+                         if (m.form == "number") == regression])
     classes = 0 if regression else 2 if metric in ("f1", "roc_auc") else rng.choice((2, 3, 3, 4))
     if classes == 2 and metric != "accuracy":
         labels = (0, 1)
@@ -98,7 +120,7 @@ def make_world(rng: random.Random, number: int, taken: set[str]) -> bench.Spec:
     word = nonsense(rng, taken)
     return bench.Spec(
         id=f"world-{number}", split="corpus", title=f"{word.title()} {nonsense(rng, taken)}",
-        story=" ".join(nonsense(rng, set()) for _ in range(rng.randint(8, 20))).capitalize() + ".",
+        story=make_story(rng),
         origin=rng.choice(("generated", "real")), metric=metric, id_column=name(),
         id_format=rng.choice(("{:d}", "{:d}", word[:2].upper() + "-{:04d}")), target=name(),
         features=tuple(name() for _ in range(count)),
@@ -247,6 +269,8 @@ class Script:
         train_file = rng.choice(("train.csv", "input/training.csv")) if wrong("file") \
             else "input/train.csv"
         lines = [
+            # Say first what the task is: the policy reads the prompt once, where it is nearest.
+            f"# {spec.kind}, {metric.plain}",
             *imports, "",
             f'train = pd.read_csv("{train_file}")',
             'test = pd.read_csv("input/test.csv")',

@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -87,11 +88,13 @@ class Started:
 
     def __init__(self, command: list[str], log: Path):
         self.log, self.shm, self.time = log, shared_memory(), time.time()
+        self.temporary = tempfile.mkdtemp(dir=log.parent)
         with open(log, "w") as output:
             self.process = subprocess.Popen(
                 command, stdout=output, stderr=subprocess.STDOUT, cwd=log.parent,
                 start_new_session=True,
-                env={**os.environ, "ACEGRPO_TEST": str(log), "OMP_NUM_THREADS": "1"})
+                env={**os.environ, "ACEGRPO_TEST": str(log), "OMP_NUM_THREADS": "1",
+                     "TMPDIR": self.temporary})
 
     def alive(self) -> list[psutil.Process]:
         """Processes that carry our mark in their environment, and sandbox processes, whose
@@ -121,6 +124,8 @@ class Started:
         wait_until(lambda: not self.alive(), 30, f"the end of {self.alive()}", self.log)
         wait_until(lambda: shared_memory() <= self.shm, 10,
                    f"clean shared memory {shared_memory() - self.shm}")
+        wait_until(lambda: not os.listdir(self.temporary), 10,
+                   f"a clean temporary folder {os.listdir(self.temporary)}")
 
 
 def shared_memory() -> set[str]:
