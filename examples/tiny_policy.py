@@ -159,7 +159,8 @@ FAMILIES = [
     (4, "ensemble", "GradientBoostingKind",
      ["n_estimators=10", "n_estimators=80", "n_estimators=120, max_depth=2, learning_rate=0.06",
       "n_estimators=80, max_depth=4, learning_rate=0.06, subsample=0.5"]),
-    (3, "neural_network", "MLPKind", ["(16,), max_iter=150", "(32,), max_iter=200"]),
+    (3, "neural_network", "MLPKind",
+     ["hidden_layer_sizes=(16,), max_iter=150", "hidden_layer_sizes=(32,), max_iter=200"]),
     (4, "ensemble", "HistGradientBoostingKind",
      ["max_iter=10", "max_iter=60",
       "max_iter=80, learning_rate=0.06, max_leaf_nodes=8, l2_regularization=5"]),
@@ -472,9 +473,9 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description="Teach a tiny Qwen3 to write scikit-learn scripts.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", required=True, help="directory of the model; replaced if it exists")
-    parser.add_argument("--prompts", type=int, default=1400, help="prompts")
-    parser.add_argument("--answers", type=int, default=8, help="answers to each prompt")
-    parser.add_argument("--worlds", type=int, default=300, help="random competitions")
+    parser.add_argument("--prompts", type=int, default=1500, help="prompts")
+    parser.add_argument("--answers", type=int, default=7, help="answers to each prompt")
+    parser.add_argument("--worlds", type=int, default=600, help="random competitions")
     parser.add_argument("--mistakes", type=float, default=0.04,
                         help="rate of each of the mistakes in an answer")
     parser.add_argument("--hidden", type=int, default=192, help="hidden size, a multiple of 64")

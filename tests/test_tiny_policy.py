@@ -52,6 +52,18 @@ def test_scripts_without_mistakes_are_valid(worlds, sandbox, spelt):
         assert run.validation_score is not None
 
 
+def test_every_model_of_the_grammar_exists():
+    """Class and arguments, for classes and for numbers; scikit-learn checks them when fitting."""
+    from sklearn import (discriminant_analysis, dummy, ensemble, linear_model, naive_bayes,  # noqa: F401
+                         neighbors, neural_network, svm, tree)
+
+    for kind, families in (("Classifier", tiny.CLASSIFIERS), ("Regressor", tiny.REGRESSORS)):
+        for _, module, name, choices in families:
+            for arguments in choices:
+                model = eval(f"{module}.{name.replace('Kind', kind)}({arguments})")
+                model._validate_params()
+
+
 @pytest.mark.parametrize("mistake, outcome", [
     ("file", "FileNotFoundError"), ("import", "NameError"), ("column", "Error"),
     ("variable", "X_tset"), ("length", "Error"), ("fit", "NotFitted"),
