@@ -1,0 +1,77 @@
+"""README.md: its snippets run, its links lead somewhere, its metrics and flags exist.
+
+Run: pytest tests/test_readme.py
+"""
+
+import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = (ROOT / "README.md").read_text()
+SNIPPETS = re.findall(r"^```python\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def competition(tmp_path_factory):
+    sys.path.insert(0, str(ROOT / "examples"))
+    import mini_mlebench as bench
+
+    folder = tmp_path_factory.mktemp("competitions")
+    spec = bench.SPECS[0]
+    bench.write_competition(spec, folder, 0, bench.load_references(0)[spec.id])
+    return folder / spec.id
+
+
+@pytest.mark.parametrize("number", range(len(SNIPPETS)))
+def test_snippet_runs(number, competition, tmp_path):
+    """Each as a file of its own, beside nothing but the modules it imports."""
+    script = tmp_path / "snippet.py"
+    script.write_text(SNIPPETS[number])
+    for name in re.findall(r"^from (\w+) import", SNIPPETS[number], re.MULTILINE):
+        for part in {"rollout": ("rollout", "buffer", "sandbox")}.get(name, (name,)):
+            (tmp_path / f"{part}.py").write_text((ROOT / f"{part}.py").read_text())
+    run = subprocess.run([sys.executable, str(script), str(competition)], cwd=tmp_path,
+                         capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    if "print(" in SNIPPETS[number] and "sandbox" in SNIPPETS[number]:
+        assert "PermissionError" in run.stdout
+    if "admitted" in SNIPPETS[number]:
+        assert "improve" in run.stdout and "debug" in run.stdout
+
+
+def test_every_part_has_a_snippet():
+    imported = set(re.findall(r"^from (\w+) import", "\n".join(SNIPPETS), re.MULTILINE))
+    assert {"grpo", "buffer", "sampler", "sandbox", "rollout"} <= imported
+
+
+def test_files_that_are_named_exist():
+    for link in re.findall(r"\]\(((?!http)[^)#]+)\)", TEXT):
+        assert (ROOT / link).exists(), link
+    for name in re.findall(r"`((?:tests|examples|docs)/[\w./]+\.\w+)`", TEXT):
+        assert (ROOT / name).exists(), name
+
+
+def test_functions_that_are_named_exist():
+    for module, name in re.findall(r"`(grpo|buffer|sampler|sandbox|rollout|learner|train)\.(\w+)",
+                                   TEXT):
+        if name == "py":
+            continue
+        source = (ROOT / f"{module}.py").read_text()
+        assert re.search(rf"^(?:def|class) {name}\b", source, re.MULTILINE), f"{module}.{name}"
+
+
+def test_flags_that_are_named_exist():
+    sys.path.insert(0, str(ROOT))
+    import train
+
+    known = {f.name.replace("_", "-") for f in dataclasses.fields(train.Config)}
+    others = {"resume", "dry-run", "help", "nproc_per_node", "no-buffer", "nnodes", "node-rank",
+              "rdzv-backend", "rdzv-endpoint", "max-restarts"}
+    sources = "".join(p.read_text() for p in (*ROOT.glob("*.py"), *(ROOT / "examples").glob("*.py")))
+    for flag in set(re.findall(r"(?<![\w-])--([a-z][a-z_-]+)", TEXT)):
+        assert flag in known | others or f'"--{flag}"' in sources, f"--{flag}"
