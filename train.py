@@ -84,7 +84,7 @@ class Config:
     run_dir: str = opt("", "where the run is written; '' means runs/<preset>-<time>")
     seed: int = opt(0, "seed of the sampler, the engine and the learner")
     # --- how much
-    steps: int = opt(70, "learner steps")
+    steps: int = opt(64, "learner steps")
     groups: int = opt(8, "B: groups (tasks) a learner step")
     responses: int = opt(12, "G: responses a group; the advantage compares them")
     eval_drafts: int = opt(32, "drafts per competition before and after training; 0: no evaluation")
@@ -117,7 +117,7 @@ class Config:
                               "behaviour policy corrects already)")
     kl_coef: float = opt(0.0, "weight of the KL divergence to the initial policy; 0: no reference")
     kl_kind: str = opt("k3", "estimator of that KL", choices=["k2", "k3"])
-    entropy_coef: float = opt(0.003, "weight of the entropy bonus")
+    entropy_coef: float = opt(0.004, "weight of the entropy bonus")
     temperature: float = opt(1.0, "sampling temperature; it divides the learner's logits too")
     reward: str = opt("rank", "what a valid submission earns: human rank, milestones, medals only",
                       choices=["rank", "milestone", "medal"])
@@ -133,7 +133,9 @@ class Config:
     # --- the learner
     learning_rate: float = opt(1e-3, "peak learning rate of AdamW")
     warmup_steps: int = opt(3, "steps of linear warm-up")
-    max_grad_norm: float = opt(1.0, "gradient norm is clipped at this")
+    decay: bool = opt(True, "the learning rate falls linearly and would be 0 after the last step")
+    max_grad_norm: float = opt(0.01, "gradient norm is clipped at this; dr_grpo's are small, its "
+                                     "denominator counts the longest response allowed")
     token_budget: int = opt(8192, "tokens packed into one micro-batch")
     learner_dtype: str = opt("float32", "dtype of the learner's forward and backward (master "
                                          "weights are float32)", choices=["float32", "bfloat16"])
@@ -163,7 +165,8 @@ PRESETS = {
     "small": dict(
         model="Qwen/Qwen3-8B", competitions="data/mlebench/train", heldout="data/mlebench/heldout",
         steps=400, groups=16, responses=8, eval_drafts=0, rollout_threads=16, sandbox_slots=16,
-        learning_rate=1e-6, warmup_steps=10, entropy_coef=0.0, token_budget=32768,
+        learning_rate=1e-6, warmup_steps=10, decay=False, max_grad_norm=1.0, entropy_coef=0.0,
+        token_budget=32768,
         activation_checkpointing=True, engine_dtype="bfloat16", max_model_len=24576,
         max_response_tokens=8192, max_num_seqs=128, kv_cache_gib=0.0, logprob_gap_limit=0.1,
         description_chars=12000, preview_chars=6000, output_chars=4000, timeout=3600.0,
@@ -173,7 +176,8 @@ PRESETS = {
         model="Qwen/Qwen3-30B-A3B", competitions="data/mlebench/train",
         heldout="data/mlebench/heldout", steps=400, groups=16, responses=8, eval_drafts=0,
         learner_ranks=16, tensor_parallel=2, rollout_threads=16, sandbox_slots=16,
-        learning_rate=1e-6, warmup_steps=10, entropy_coef=0.0, token_budget=32768,
+        learning_rate=1e-6, warmup_steps=10, decay=False, max_grad_norm=1.0, entropy_coef=0.0,
+        token_budget=32768,
         activation_checkpointing=True, engine_dtype="bfloat16", max_model_len=24576,
         max_response_tokens=8192, max_num_seqs=128, kv_cache_gib=0.0, logprob_gap_limit=0.1,
         description_chars=12000, preview_chars=6000, output_chars=4000, timeout=3600.0,
@@ -780,7 +784,7 @@ def learner_config(config: Config):
 
     return LearnerConfig(
         learning_rate=config.learning_rate, warmup_steps=config.warmup_steps,
-        max_grad_norm=config.max_grad_norm, loss=config.loss, clip_low=config.clip_low,
+        decay_steps=config.steps if config.decay else 0, max_grad_norm=config.max_grad_norm, loss=config.loss, clip_low=config.clip_low,
         clip_high=config.clip_high, tis_cap=config.tis_cap or None, kl_coef=config.kl_coef,
         kl_kind=config.kl_kind, entropy_coef=config.entropy_coef, temperature=config.temperature,
         token_budget=config.token_budget, max_response_tokens=config.max_response_tokens,
