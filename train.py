@@ -784,9 +784,10 @@ def learner_config(config: Config):
 
     return LearnerConfig(
         learning_rate=config.learning_rate, warmup_steps=config.warmup_steps,
-        decay_steps=config.steps if config.decay else 0, max_grad_norm=config.max_grad_norm, loss=config.loss, clip_low=config.clip_low,
-        clip_high=config.clip_high, tis_cap=config.tis_cap or None, kl_coef=config.kl_coef,
-        kl_kind=config.kl_kind, entropy_coef=config.entropy_coef, temperature=config.temperature,
+        decay_steps=config.steps if config.decay else 0, max_grad_norm=config.max_grad_norm,
+        loss=config.loss, clip_low=config.clip_low, clip_high=config.clip_high,
+        tis_cap=config.tis_cap or None, kl_coef=config.kl_coef, kl_kind=config.kl_kind,
+        entropy_coef=config.entropy_coef, temperature=config.temperature,
         token_budget=config.token_budget, max_response_tokens=config.max_response_tokens,
         dtype=config.learner_dtype, activation_checkpointing=config.activation_checkpointing)
 
