@@ -84,7 +84,7 @@ class Config:
     run_dir: str = opt("", "where the run is written; '' means runs/<preset>-<time>")
     seed: int = opt(0, "seed of the sampler, the engine and the learner")
     # --- how much
-    steps: int = opt(64, "learner steps")
+    steps: int = opt(76, "learner steps")
     groups: int = opt(8, "B: groups (tasks) a learner step")
     responses: int = opt(12, "G: responses a group; the advantage compares them")
     eval_drafts: int = opt(32, "drafts per competition before and after training; 0: no evaluation")
@@ -117,7 +117,7 @@ class Config:
                               "behaviour policy corrects already)")
     kl_coef: float = opt(0.0, "weight of the KL divergence to the initial policy; 0: no reference")
     kl_kind: str = opt("k3", "estimator of that KL", choices=["k2", "k3"])
-    entropy_coef: float = opt(0.004, "weight of the entropy bonus")
+    entropy_coef: float = opt(0.002, "weight of the entropy bonus")
     temperature: float = opt(1.0, "sampling temperature; it divides the learner's logits too")
     reward: str = opt("rank", "what a valid submission earns: human rank, milestones, medals only",
                       choices=["rank", "milestone", "medal"])
