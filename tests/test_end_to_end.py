@@ -89,7 +89,7 @@ class Started:
     def __init__(self, command: list[str], log: Path):
         self.log, self.shm, self.time = log, shared_memory(), time.time()
         self.temporary = tempfile.mkdtemp(dir=log.parent)
-        with open(log, "w") as output:
+        with open(log, "a") as output:
             self.process = subprocess.Popen(
                 command, stdout=output, stderr=subprocess.STDOUT, cwd=log.parent,
                 start_new_session=True,
