@@ -345,7 +345,13 @@ class Curriculum:
         self.error: BaseException | None = None
 
     def start(self) -> None:
-        threading.Thread(target=self.run, name="curriculum", daemon=True).start()
+        """Begin, once the engines have the weights: what a checkpoint found in flight is handed out
+        again here."""
+        for task_id, version in self.in_flight.items():
+            self.tasks.put(Request(self.buffer.tasks[task_id], self.config.responses, version,
+                                   self.epoch))
+        self.thread = threading.Thread(target=self.run, name="curriculum", daemon=True)
+        self.thread.start()
 
     def run(self) -> None:
         try:
@@ -554,14 +560,11 @@ class Curriculum:
                 self.follow(change.rewards, change.admitted, change.evicted)
                 waiting.pop(change.task_id, None)
             self.epoch = epoch + 1
-            # What was in flight and has not come back is handed out again, at its old place in the
-            # staleness rule; the place of what came back is free.
+            # What was in flight and has not come back keeps its old place in the staleness rule; the
+            # place of what came back is free.
             self.handed -= in_flight - len(waiting)
             self.issued -= in_flight - len(waiting)
             self.in_flight = waiting
-            for task_id, version in waiting.items():
-                self.tasks.put(Request(self.buffer.tasks[task_id], self.config.responses, version,
-                                       self.epoch))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1001,16 +1004,29 @@ class Run:
     def run(self) -> None:
         from tqdm import tqdm
 
-        config, curriculum, learner = self.config, self.curriculum, self.learner
+        config = self.config
         if config.watchdog:
             threading.Thread(target=self.watchdog, name="watchdog", daemon=True).start()
         self.publish()
-        curriculum.start()
+        self.curriculum.start()
         if not self.evaluated:
             self.evaluate("before")
+        with tqdm(total=config.steps, initial=self.step, desc="training", unit="step",
+                  dynamic_ncols=True) as bar:
+            self.learn(bar)
+        self.evaluate("after")
+        ranks = range(self.rollout_ranks[0], self.rollout_ranks[-1] + config.tensor_parallel)
+        for orders in self.followers + [self.queues(f"weights/{rank}") for rank in ranks]:
+            orders.put(None)
+        for rank in self.rollout_ranks:
+            self.queues(f"watchdog/{rank}").put(None)
+        self.queues("tasks").put(None)
+        self.over.set()
+
+    def learn(self, bar) -> None:
+        """All steps that are left."""
+        config, curriculum, learner = self.config, self.curriculum, self.learner
         dull = 0  # steps in a row that had nothing to learn from
-        bar = tqdm(total=config.steps, initial=self.step, desc="training", unit="step",
-                   dynamic_ncols=True)
         while self.step < config.steps:
             started = time.monotonic()
             self.begin("waits for a batch")
@@ -1049,15 +1065,6 @@ class Run:
                 tasks=len(curriculum.buffer))
             if self.step % config.checkpoint_every == 0 or self.step == config.steps:
                 self.save()
-        bar.close()
-        self.evaluate("after")
-        ranks = range(self.rollout_ranks[0], self.rollout_ranks[-1] + config.tensor_parallel)
-        for orders in self.followers + [self.queues(f"weights/{rank}") for rank in ranks]:
-            orders.put(None)
-        for rank in self.rollout_ranks:
-            self.queues(f"watchdog/{rank}").put(None)
-        self.queues("tasks").put(None)
-        self.over.set()
 
     def publish(self) -> float:
         """Give every engine the learner's weights, and check that it samples with them.

@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -83,7 +83,11 @@ class World:
         threading.Thread(target=rollout_rank, daemon=True).start()
         threading.Thread(target=train.answer_watchdog, daemon=True,
                          args=(1, connect("watchdog/1"), doing)).start()
-        run.run()
+        try:
+            run.run()
+        finally:  # after a fault the thread would go on, as no killed process does
+            queues("results").put(None)
+            run.curriculum.thread.join()
         return run
 
     def main(self, prepare=lambda: None, **parts) -> int:
@@ -203,8 +207,9 @@ class Wire:
                 threading.Thread(target=self.forward, args=pair, daemon=True).start()
 
     def forward(self, source, sink):
-        while data := source.recv(1 << 16):
-            sink.sendall(data)
+        with suppress(OSError):
+            while data := source.recv(1 << 16):
+                sink.sendall(data)
 
     def cut(self):
         for end in self.ends:
@@ -428,7 +433,8 @@ def test_a_competition_whose_grader_always_raises(world, capsys, body):
     world.start(sandbox=Grading(), steps=40)
     world.assert_good(40)
     own = [t for t in world.traces() if t["competition_id"] == "birch"]
-    assert {(t["status"], t["reward"]) for t in own} == {("invalid", 0.05)}
+    assert {t["status"] for t in own} == {"invalid"}
+    assert {t["reward"] for t in own} == {0.05, 0.0}  # 0: it repeats its parent's script
     assert any(t["valid"] for t in world.traces())
     (warning,) = re.findall("warning: (.*) has refused (.*) submissions", capsys.readouterr().err)
     assert warning[0] == "birch" and int(warning[1]) >= 100
@@ -442,14 +448,14 @@ def test_nan_in_a_batch(world, capsys):
                 found.logprobs[0] = np.nan
             return found
 
-    learner = FakeLearner()
-    learner.skips = 0
-    world.start(engine=Poisoned(), learner=learner, steps=5)
-    world.assert_good(5)
+    world.start(engine=Poisoned(), steps=10)
+    metrics = world.assert_good(10)
     text = (world.dir / "metrics.jsonl").read_text()
     assert '"skipped": true' in text and '"loss": null' in text and "NaN" not in text
     assert "loss or gradient is not finite" in capsys.readouterr().err
-    assert [m["policy_version"] for m in world.rows("metrics.jsonl")] == [0, 1, 2, 2, 2]
+    for before, after in zip(metrics, metrics[1:]):
+        assert after["policy_version"] == before["policy_version"] + (not before["skipped"])
+    assert not metrics[-1]["skipped"]  # the next batches are learnt from
 
 
 # -- prompts that do not fit
@@ -478,12 +484,12 @@ def test_no_draft_fits(world, capsys):
 def test_children_that_do_not_fit_leave_and_are_counted(world):
     """Their parent's script makes them too long; nothing is cut silently."""
     class Long(FakeEngine):
-        max_model_len = 700
+        max_model_len = 2000
 
         def complete(self, rng, version):
             found = super().complete(rng, version)
             if rng.random() < 0.3:
-                found = completion("```python\n" + "#" * 300 + "\nquality = 0.5\n```")
+                found = completion("```python\n" + "#" * 2000 + "\nquality = 0.5\n```")
             return found
 
     run = world.start(engine=Long(), steps=12)
@@ -500,29 +506,27 @@ def test_children_that_do_not_fit_leave_and_are_counted(world):
 def test_an_execution_that_does_not_end_is_named_by_the_watchdog(world, capsys):
     """The learner waits for it (`--stale wait`), and everybody says what they are waiting for.
     A real sandbox ends it at its time limit."""
-    free, said = threading.Event(), []
+    free, said = threading.Event(), [""]
 
     class Hanging(FakeSandbox):
         def run(self, competition, code, timeout=None):
             if competition.id == "birch":
-                assert free.wait(20)
+                assert free.wait(60)
             return super().run(competition, code)
 
     def look():
-        said.append("")
-        while "rollout rank 1: " not in said[-1]:
+        while not re.search(r"executing, the longest for .* s \(birch/draft\)", said[0]):
             time.sleep(0.05)
-            said.append(said[-1] + capsys.readouterr().err)
+            said[0] += capsys.readouterr().err
         free.set()
 
     threading.Thread(target=look, daemon=True).start()
     world.start(sandbox=Hanging(), watchdog=0.3, eval_drafts=0)
     world.assert_good()
-    assert "no group has arrived for" in said[-1]
-    assert "rank 0: waits for a batch, for" in said[-1]
-    assert re.search(r"of the 3 groups of a batch are there, \d+ tasks are in flight", said[-1])
-    assert re.search(r"rollout rank 1: .*threads executing, the longest for .* s \(birch/draft\)",
-                     said[-1])
+    assert "no group has arrived for" in said[0]
+    assert "rank 0: waits for a batch, for" in said[0]
+    assert re.search(r"of the 3 groups of a batch are there, \d+ tasks are in flight", said[0])
+    assert re.search(r"rollout rank 1: .*\d+ threads executing", said[0])
 
 
 def test_the_watchdog_is_quiet_while_groups_arrive(world, capsys):
