@@ -27,6 +27,7 @@ What is whose:
 """
 
 import argparse
+import bisect
 import dataclasses
 import json
 import math
@@ -109,8 +110,8 @@ class Config:
     stale: str = opt("wait", "a group that would become too old: the learner waits for it, or it is "
                              "dropped (which favours fast scripts)", choices=["wait", "drop"])
     # --- faults
-    watchdog: float = opt(600.0, "seconds without a finished group after which every part says what "
-                                 "it is waiting for; 0: never")
+    watchdog: float = opt(600.0, "seconds without a finished group after which every part says "
+                                 "what it is waiting for; 0: never")
     collective_timeout: float = opt(1800.0, "seconds after which a collective operation among the "
                                             "ranks gives up; no rollout ever runs inside one")
     # --- the algorithm
@@ -422,8 +423,8 @@ class Curriculum:
             self.handed -= 1
             self.issued -= 1
             return
-        self.ready.append(result)
-        self.ready.sort(key=lambda r: r.group.policy_version)  # stable: then by arrival
+        # By age, then by arrival.
+        bisect.insort(self.ready, result, key=lambda r: r.group.policy_version)
 
     def follow(self, rewards, admitted, evicted) -> None:
         """Keep the sampler's tasks those of the buffer."""
@@ -444,8 +445,8 @@ class Curriculum:
                 self.refused[competition] += 1
                 reason = trace.reason
         if before < many <= self.refused[competition]:
-            print(f"warning: {competition} has refused {self.refused[competition]} submissions in a "
-                  f"row, the last because {reason}", file=sys.stderr, flush=True)
+            print(f"warning: {competition} has refused {self.refused[competition]} submissions in "
+                  f"a row, the last because {reason}", file=sys.stderr, flush=True)
 
     def describe(self) -> str:
         """What the next batch waits for, in a line; for the watchdog."""
@@ -560,8 +561,8 @@ class Curriculum:
                 self.follow(change.rewards, change.admitted, change.evicted)
                 waiting.pop(change.task_id, None)
             self.epoch = epoch + 1
-            # What was in flight and has not come back keeps its old place in the staleness rule; the
-            # place of what came back is free.
+            # What was in flight and has not come back keeps its old place in the staleness rule;
+            # the place of what came back is free.
             self.handed -= in_flight - len(waiting)
             self.issued -= in_flight - len(waiting)
             self.in_flight = waiting
@@ -991,7 +992,8 @@ class Run:
                 continue
             stage, since = self.stage
             lines = [f"no group has arrived for {now - self.curriculum.arrived:.0f} s:",
-                     f"  rank 0: {stage}, for {now - since:.0f} s", f"  {self.curriculum.describe()}"]
+                     f"  rank 0: {stage}, for {now - since:.0f} s",
+                     f"  {self.curriculum.describe()}"]
             lines += [f"  learner rank {rank}: {orders.qsize()} orders not taken up"
                       for rank, orders in enumerate(self.followers, 1)]
             print("\n".join(lines), file=sys.stderr, flush=True)
@@ -1044,8 +1046,8 @@ class Run:
                       "stays as it was", file=sys.stderr, flush=True)
             if dull and dull % 10 == 0:
                 print(f"warning: {dull} steps in a row without anything to learn from: within each "
-                      f"group all rewards are equal, of the last batch {metrics['reward_mean']:.3f} "
-                      "on average", file=sys.stderr, flush=True)
+                      f"group all rewards are equal ({metrics['reward_mean']:.3f} on average in the "
+                      "last batch)", file=sys.stderr, flush=True)
             learnt = time.monotonic()
             metrics["logprob_gap"] = self.publish() if learner.version != version else None
             synced = time.monotonic()

@@ -191,7 +191,7 @@ def install() -> None:
             return super().step(sequences)
 
     class Engine(FakeEngine):
-        def __init__(self, model_dir, config):
+        def __init__(self, model_dir, config, scratch):
             super().__init__()
 
         def load(self, directory, version):

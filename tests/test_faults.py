@@ -21,6 +21,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -308,11 +309,14 @@ def test_resume_before_the_first_checkpoint(world):
     assert run.curriculum.epoch == 1
 
 
-def kill_after(steps):
-    """A learner whose process is killed within the step after `steps`."""
+def kill_after(steps, world=None):
+    """A learner whose process is killed within the step after `steps`, with `world` only when all
+    groups that may have been handed out by then are there."""
     class Killed(FakeLearner):
         def step(self, sequences):
             if self.version == steps:
+                handed = (steps + 1 + SETTINGS["max_staleness"]) * SETTINGS["groups"]
+                wait_until(lambda: not world or len(world.groups()) == handed, 60, "all groups")
                 raise KeyboardInterrupt
             return super().step(sequences)
 
@@ -321,17 +325,10 @@ def kill_after(steps):
 
 def test_groups_after_the_checkpoint_teach_the_curriculum_but_not_the_policy(world):
     with pytest.raises(KeyboardInterrupt):
-        world.start(learner=kill_after(3))  # the checkpoint is that of step 2
+        world.start(learner=kill_after(3, world))  # the checkpoint is that of step 2
     saved = json.loads((world.dir / "checkpoints/step_2/curriculum.json").read_text())
     later = {t["id"] for g in world.groups()[saved["buffer"]["sequence"]:] for t in g["traces"]}
     assert later
-    trained, step = set(), FakeLearner.step
-
-    class Recording(FakeLearner):
-        def step(self, sequences):
-            trained.update(s.tokens.tobytes() for s in sequences)
-            return step(self, sequences)
-
     ready = [t["id"] for g in saved["ready"] for t in g["traces"]]
     batches = []
     with pytest.MonkeyPatch.context() as patch:
@@ -349,9 +346,9 @@ def test_groups_after_the_checkpoint_teach_the_curriculum_but_not_the_policy(wor
 
 
 def test_epochs_of_three_starts_are_told_apart(world):
-    for steps in (3, 3):  # twice from the same checkpoint
+    for resume in (False, True):  # both killed before there is a checkpoint
         with pytest.raises(KeyboardInterrupt):
-            world.start(learner=kill_after(steps), resume=world.dir.exists())
+            world.start(learner=kill_after(3), resume=resume, checkpoint_every=9)
     world.start(resume=True)
     world.assert_good(epochs=3)
     epochs = [g["epoch"] for g in world.groups()]
@@ -529,9 +526,25 @@ def test_an_execution_that_does_not_end_is_named_by_the_watchdog(world, capsys):
     assert re.search(r"rollout rank 1: .*\d+ threads executing", said[0])
 
 
-def test_the_watchdog_is_quiet_while_groups_arrive(world, capsys):
-    world.start(watchdog=5.0)
-    assert "no group has arrived" not in capsys.readouterr().err
+def test_the_watchdog_speaks_once_a_period_and_only_without_groups(capsys, monkeypatch):
+    now, lines = 0.0, []
+    curriculum = SimpleNamespace(arrived=0.0, describe=lambda: "curriculum: idle")
+
+    def wait(seconds):
+        nonlocal now
+        now += seconds
+        if now < 100:
+            curriculum.arrived = now
+            assert not capsys.readouterr().err
+        return now > 135
+
+    monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: now))
+    train.Run.watchdog(SimpleNamespace(
+        config=SimpleNamespace(watchdog=10.0), curriculum=curriculum, stage=("learns", 0.0),
+        over=SimpleNamespace(wait=wait), followers=[], rollout_ranks=[1],
+        queues=lambda name: SimpleNamespace(put=lambda question: lines.append(name))))
+    assert capsys.readouterr().err.count("no group has arrived for") == 3
+    assert lines == ["watchdog/1"] * 3
 
 
 # -- access

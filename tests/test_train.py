@@ -317,7 +317,8 @@ def publish(answers, tmp_path):
     """Run.publish with two engines that answer the probe with these log-probabilities."""
     queues = defaultdict(queue.Queue)
     run = SimpleNamespace(learner=PublishedLearner(), scratch=tmp_path, probe=[1, 2, 3],
-                          rollout_ranks=[1, 2], config=make_config(), queues=queues.__getitem__)
+                          rollout_ranks=[1, 2], config=make_config(), queues=queues.__getitem__,
+                          begin=lambda stage: None)
     run.everyone = lambda method, *arguments: getattr(run.learner, method)(*arguments)
     for answer in answers:
         queues["acks"].put(answer)
