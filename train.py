@@ -1296,6 +1296,7 @@ def train(config: Config, resume: bool) -> None:
     """Play this process's role until the run is over."""
     import torch
     import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
 
     world = int(os.environ.get("WORLD_SIZE", 1))
     rank = int(os.environ.get("RANK", 0))
@@ -1306,7 +1307,15 @@ def train(config: Config, resume: bool) -> None:
         die_with_parent()
         exit_on_sigterm()
         timeout = timedelta(seconds=config.collective_timeout)
-        dist.init_process_group("gloo", timeout=timeout)
+        store, _, _ = next(rendezvous("env://"))
+        if one_node:
+            # torchrun keeps one store for all its restarts, full of the addresses of dead ranks
+            # (pytorch #135712). Agents of several nodes count their restarts apart: see README.
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            store = dist.PrefixStore(f"attempt_{attempt}", store)
+        store.set(f"here_{rank}", "")  # the timeout is for what follows, not for a slow start
+        store.wait([f"here_{r}" for r in range(world)])
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timeout)
     if rank == 0:
         # Other nodes reach rank 0 where torchrun's own rendezvous reaches it.
         queues = QueueServer("127.0.0.1" if one_node else os.environ["MASTER_ADDR"])

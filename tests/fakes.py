@@ -176,6 +176,17 @@ def write_world(folder: Path, names=("alder", "birch", "cedar"), grade="return 1
         (folder / "model" / file).write_text("{}")
 
 
+def fake_modules(learner=FakeLearner) -> dict[str, types.ModuleType]:
+    """For sys.modules: what train.py imports late, because it takes seconds."""
+    fakes = {"transformers": dict(AutoTokenizer=FakeTokenizer),
+             "learner": dict(Learner=learner, LearnerConfig=SimpleNamespace,
+                             Sequence=SimpleNamespace)}
+    modules = {name: types.ModuleType(name) for name in fakes}
+    for name, contents in fakes.items():
+        vars(modules[name]).update(contents)
+    return modules
+
+
 def install() -> None:
     """Put the fakes where train.py looks for the real parts."""
     options = json.loads(os.environ.get("FAKE", "{}"))
@@ -207,10 +218,7 @@ def install() -> None:
 
     train.QueueServer, train.Engine = QueueServer, Engine
     train.Sandbox = lambda **_: FakeSandbox(options.get("execution_seconds", 0.0))
-    sys.modules["transformers"] = SimpleNamespace(AutoTokenizer=FakeTokenizer)
-    sys.modules["learner"] = types.ModuleType("learner")
-    sys.modules["learner"].__dict__.update(
-        Learner=Learner, LearnerConfig=SimpleNamespace, Sequence=SimpleNamespace)
+    sys.modules.update(fake_modules(Learner))
 
 
 if __name__ in ("__main__", "__mp_main__"):  # the latter: in the rollout process that it starts
