@@ -511,11 +511,15 @@ class EvolvingBuffer:
 
         Raises:
             ValueError: a damaged line before the last, or sequence numbers that do not go on from
-                this state.
+                this state, or a log that is shorter than what this state knows of it.
         """
         changes = []
         path = path or self.log_path
-        if path is None or not os.path.exists(path):
+        size = os.path.getsize(path) if path and os.path.exists(path) else 0
+        if size < self._replay_from:
+            raise ValueError(f"{path} has {size} bytes, but the snapshot knows of "
+                             f"{self._replay_from}: it was cut or is of another run")
+        if not size:
             return changes
         with open(path, "rb") as log:
             log.seek(self._replay_from)
@@ -551,7 +555,7 @@ class EvolvingBuffer:
         """Unbuffered, at its end; a torn last line is cut off."""
         log = open(self.log_path, "ab+", buffering=0)
         try:
-            end, last = _last_line(log)
+            end, last = last_line(log)
             found = _parse(last, self.log_path)["sequence"] if last else 0
             if found != self.sequence:
                 raise ValueError(f"{self.log_path} holds {found} changes, this buffer "
@@ -577,7 +581,7 @@ def _parse(line: bytes, path) -> dict[str, Any]:
         raise ValueError(f"{path}: damaged line {line[:60]!r}... ({error})") from None
 
 
-def _last_line(file, block: int = 1 << 16) -> tuple[int, bytes]:
+def last_line(file, block: int = 1 << 16) -> tuple[int, bytes]:
     """Where a binary file's last complete line ends, and that line (b"" when there is none)."""
     end = file.seek(0, os.SEEK_END)
     tail, start = b"", end

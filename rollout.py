@@ -324,17 +324,27 @@ class Engine:
     def _wait(self, coroutine):
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result()
 
+    async def _while_alive(self, coroutine):
+        """The coroutine's result. vLLM leaves calls pending for ever when its process is killed."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        call = asyncio.ensure_future(coroutine)
+        try:
+            while not call.done():
+                await asyncio.wait([call], timeout=1)
+                await self.llm.check_health()
+            return call.result()
+        except EngineDeadError as error:
+            call.cancel()
+            raise EngineDead("the vLLM engine has died; its own message is above") from error
+
     async def _request(self, prompt_ids, params):
         from vllm.inputs import TokensPrompt
-        from vllm.v1.engine.exceptions import EngineDeadError
 
         # The salt keeps blocks of different versions apart in the prefix cache.
         prompt = TokensPrompt(prompt_token_ids=prompt_ids, cache_salt=f"v{self.version}")
-        try:
-            async for output in self.llm.generate(prompt, params, uuid.uuid4().hex):
-                last = output
-        except EngineDeadError as error:
-            raise EngineDead("the vLLM engine has died; its own message is above") from error
+        async for output in self.llm.generate(prompt, params, uuid.uuid4().hex):
+            last = output
         return last
 
     def generate(self, prompt_ids: list[int], n: int, max_tokens: int, temperature: float = 1.0
@@ -354,7 +364,7 @@ class Engine:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         version = self.version
-        output = self._wait(self._request(prompt_ids, params))
+        output = self._wait(self._while_alive(self._request(prompt_ids, params)))
         completions = []
         for choice in sorted(output.outputs, key=lambda c: c.index):
             ids = list(choice.token_ids)
@@ -367,7 +377,7 @@ class Engine:
         from vllm import SamplingParams
 
         params = SamplingParams(max_tokens=1, temperature=1.0, prompt_logprobs=0)
-        output = self._wait(self._request(token_ids, params))
+        output = self._wait(self._while_alive(self._request(token_ids, params)))
         rows = output.prompt_logprobs[1:]  # the first token has no prefix
         return np.array([row[i].logprob for row, i in zip(rows, token_ids[1:])], np.float32)
 
@@ -377,8 +387,8 @@ class Engine:
         The directory must hold `lm_head.weight` even when the embeddings are tied: vLLM would
         otherwise keep the old output head, silently (see `Learner.publish`).
         """
-        self._wait(self.llm.collective_rpc("reload_weights",
-                                           kwargs={"weights_path": str(directory)}))
+        self._wait(self._while_alive(self.llm.collective_rpc(
+            "reload_weights", kwargs={"weights_path": str(directory)})))
         self.version = version
 
     def close(self) -> None:
@@ -450,8 +460,14 @@ def make_trace(task: Task, index: int, prompt_ids: list[int], completion: Comple
     )
 
 
+class SandboxRefused(RuntimeError):
+    """Scripts can no longer be isolated: no fault of theirs, so it must not become a reward."""
+
+
 def describe_run(trace: Trace, run: Execution) -> None:
-    """Copy what the sandbox found into the trace."""
+    """Copy what the sandbox found into the trace. Raises SandboxRefused when nothing was run."""
+    if run.status == "refused":
+        raise SandboxRefused(f"scripts cannot be executed: {run.reason}")
     trace.status, trace.exit_code, trace.seconds = run.status, run.exit_code, run.seconds
     trace.output = own_traceback(run.stderr_tail) or run.stdout_tail.strip()
     trace.validation_score, trace.valid, trace.score = run.validation_score, run.valid, run.score
@@ -477,13 +493,14 @@ def execute(trace: Trace, task: Task, competition: Competition, sandbox: Sandbox
 
 
 def rollout(request: Request, engine, sandbox, prompter: Prompter, config: RolloutConfig,
-            pool: ThreadPoolExecutor) -> Result:
+            pool: ThreadPoolExecutor, stage=lambda name: None) -> Result:
     """Sample, execute and grade one group.
 
     Args:
         engine: an `Engine`, or anything with its `generate` and `max_model_len`.
         sandbox: a `Sandbox`, or anything with its `run`.
         pool: runs the group's scripts side by side; the sandbox bounds how many really do.
+        stage: is told what begins now.
     Returns:
         A Result without a group when the prompt leaves no room for a response: cutting the
         prompt would train on something that nobody asked.
@@ -495,10 +512,12 @@ def rollout(request: Request, engine, sandbox, prompter: Prompter, config: Rollo
     if room < config.max_response_tokens:
         return Result(request, None, f"prompt of {len(prompt_ids)} tokens leaves {room} of "
                                      f"{config.max_response_tokens} response tokens")
+    stage("sampling")
     started = time.monotonic()
     completions, version = engine.generate(prompt_ids, request.n, config.max_response_tokens,
                                            config.temperature)
     generated = time.monotonic()
+    stage("executing")
     traces = []
     for index, completion in enumerate(completions):
         text = prompter.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
@@ -522,18 +541,36 @@ class RolloutWorker:
         self.arguments = (engine, sandbox, prompter, config)
         self.tasks, self.results, self.on_error = tasks, results, on_error
         self.pool = ThreadPoolExecutor(slots, thread_name_prefix="execute")
-        self.threads = [threading.Thread(target=self._run, name=f"rollout-{i}", daemon=True)
-                        for i in range(threads)]
+        self.stages = [("waiting for a task", "", time.monotonic())] * threads  # of each thread
+        self.threads = [threading.Thread(target=self._run, args=(i,), name=f"rollout-{i}",
+                                         daemon=True) for i in range(threads)]
         for thread in self.threads:
             thread.start()
 
-    def _run(self):
+    def _run(self, index: int):
+        def stage(name, task_id=""):
+            self.stages[index] = (name, task_id, time.monotonic())
+
         try:
             while (request := self.tasks.get()) is not None:
-                self.results.put(rollout(request, *self.arguments, self.pool))
+                result = rollout(request, *self.arguments, self.pool,
+                                 lambda name: stage(name, request.task.id))
+                stage("handing in a group", request.task.id)
+                self.results.put(result)
+                stage("waiting for a task")
             self.tasks.put(None)  # for the next thread
         except BaseException as error:  # the owner decides what it means
             self.on_error(error)
+
+    def describe(self) -> str:
+        """What the threads are at, and for how long already; for the watchdog."""
+        now, stages, parts = time.monotonic(), list(self.stages), []
+        for name in sorted({name for name, _, _ in stages}):
+            own = [(since, task_id) for other, task_id, since in stages if other == name]
+            since, task_id = min(own)
+            parts.append(f"{len(own)} threads {name}, the longest for {now - since:.0f} s"
+                         + (f" ({task_id})" if task_id else ""))
+        return "; ".join(parts)
 
     def join(self):
         for thread in self.threads:

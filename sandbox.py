@@ -221,7 +221,7 @@ class Competition:
         try:
             score = self.grader(frame, self._answers.copy())
             score = math.nan if score is None else float(score)
-        except Exception as error:  # a grader refuses by raising, each in its own words
+        except (Exception, SystemExit) as error:  # a grader refuses by raising, in its own words
             said = str(error) if " " in str(error) else f"{type(error).__name__}: {error}"
             return Grade(False, reason=_one_line(f"the grader refused the submission: {said}"))
         if not math.isfinite(score):
@@ -1419,6 +1419,7 @@ class Sandbox:
         self._control: socket.socket | None = None
         self._process: subprocess.Popen | None = None
         self._closed = False
+        self._retired = 0  # slots that are lost to a process that does not die
         if sys.platform != "linux" or _MACHINE not in ("x86_64", "aarch64"):
             self.problem = f"no isolation on {sys.platform} {_MACHINE}: use a Linux container or VM"
             return
@@ -1455,7 +1456,8 @@ class Sandbox:
         """Execute `code` with ./input = the public data and grade its ./submission.csv.
 
         Blocks until a slot is free. timeout overrides the wall-clock limit. Never raises for what
-        the script does.
+        the script does. A run whose sandbox died under it (OOM killer, an operator's kill) or that
+        could not be isolated is repeated once: the first time it need not be the script's doing.
         """
         problem = self.problem or self._exposed(competition)
         if problem:
@@ -1463,14 +1465,29 @@ class Sandbox:
         if len(code) > MAX_CODE:
             problem = f"the script has more than {MAX_CODE} characters"
             return Execution("error", reason=problem, isolation=self.isolation)
-        slot, stuck = self._free.get(), False
-        try:
-            facts, blobs = self._execute(slot, competition, code, timeout or self.timeout)
-            stuck = facts.get("stuck", False)
-        finally:
-            if not stuck:  # whatever survives SIGKILL keeps its slot: no run may share it
-                self._free.put(slot)
-        return self._judge(competition, facts, *blobs)
+        for last_attempt in (False, True):
+            slot, stuck = self._free.get(), False
+            if slot is None:
+                self._free.put(None)  # for the next one that waits
+                return Execution("refused", reason=self.problem, isolation=self.isolation)
+            try:
+                facts, blobs = self._execute(slot, competition, code, timeout or self.timeout)
+                stuck = facts.get("stuck", False)
+            finally:
+                if stuck:  # whatever survives SIGKILL keeps its slot: no run may share it
+                    self._retire_slot()
+                else:
+                    self._free.put(slot)
+            again = facts["killed"] in ("lost", "orphaned", "refused") and not self.problem
+            if last_attempt or not again:
+                return self._judge(competition, facts, *blobs)
+
+    def _retire_slot(self) -> None:
+        with self._changed:
+            self._retired += 1
+            if self._retired == self.slots:
+                self.problem = "every slot holds a process that SIGKILL does not end"
+                self._free.put(None)
 
     def _exposed(self, competition: Competition) -> str:
         """The answers must not lie where every script may read."""

@@ -220,6 +220,7 @@ def test_ranks_and_medals_on_a_board_with_ties(tmp_path, lower):
         ("return float('inf')", "finite"),
         ("return 'high'", "could not convert"),
         ("return 1 / 0", "division"),
+        ("raise SystemExit(3)", "SystemExit"),
         ("answers.drop(columns='y', inplace=True); raise ValueError(len(answers.columns))", "2"),
     ],
 )
@@ -869,24 +870,53 @@ def test_killing_the_owner_ends_everything(competition, tmp_path, victim):
 
 @pytest.mark.parametrize("victim", ["server", "nanny", "worker"])
 def test_killing_a_part_fails_the_run_and_the_pool_goes_on(competition, tmp_path, victim):
+    """The run itself, once its sandbox has been killed twice: the first time it is repeated."""
     with Sandbox(
         1, timeout=600, cpu_seconds=600, scratch=str(tmp_path), **LIGHT
     ) as sandbox, ThreadPoolExecutor(1) as pool:
-        server = sandbox._process.pid
         future = pool.submit(sandbox.run, competition, "import time; time.sleep(600)")
-        assert wait_until(lambda: len(descendants(server)) == 2)
-        nanny = next(pid for pid in descendants(server) if descendants(pid))
-        worker = descendants(nanny).pop()
-        time.sleep(0.2)  # let the script begin
-        os.kill({"server": server, "nanny": nanny, "worker": worker}[victim], signal.SIGKILL)
+        kills = 1 if victim == "worker" else 2  # the script itself has died: no reason to repeat
+        for kill in range(kills):
+            assert wait_until(lambda: len(descendants(sandbox._process.pid)) == 2)
+            server = sandbox._process.pid
+            nanny = next(pid for pid in descendants(server) if descendants(pid))
+            worker = descendants(nanny).pop()
+            time.sleep(0.2)  # let the script begin
+            os.kill({"server": server, "nanny": nanny, "worker": worker}[victim], signal.SIGKILL)
+            assert wait_until(lambda: not alive({nanny, worker}))
+            assert wait_until(lambda: sandbox.restarts == (kill + 1) * (victim == "server"))
         run = future.result(timeout=60)
         assert run.status == "error" and not run.valid
         assert ("sandbox process" in run.reason) == (victim != "worker")
-        assert wait_until(lambda: not alive({nanny, worker}))
         assert sandbox.run(competition, GOOD).status == "ok"
-        assert sandbox.restarts == (victim == "server")
         assert wait_until(lambda: os.listdir(sandbox.hello["root"]) == ["canary"])
     assert not [path for path in tmp_path.iterdir() if "sandbox" in path.name]
+
+
+def test_a_run_whose_sandbox_is_killed_is_repeated_and_graded(competition, tmp_path):
+    with Sandbox(1, scratch=str(tmp_path), **LIGHT) as sandbox, ThreadPoolExecutor(1) as pool:
+        server = sandbox._process.pid
+        future = pool.submit(sandbox.run, competition, "import time; time.sleep(2)\n" + GOOD)
+        assert wait_until(lambda: len(descendants(server)) == 2)
+        os.kill(server, signal.SIGKILL)
+        assert future.result(timeout=60).status == "ok" and sandbox.restarts == 1
+
+
+def test_processes_that_survive_sigkill_take_their_slots_and_then_the_pool(competition, monkeypatch):
+    """A disk or driver that hangs can do that; whoever waits for a slot must not wait for ever."""
+    with Sandbox(1, **LIGHT) as sandbox, ThreadPoolExecutor(3) as pool:
+        meet = threading.Barrier(2)
+
+        def execute(*_):
+            meet.wait(10)
+            return {"killed": "timeout", "stuck": True, "seconds": 1.0}, []
+
+        monkeypatch.setattr(sandbox, "_execute", execute)
+        runs = [pool.submit(sandbox.run, competition, GOOD) for _ in range(3)]
+        meet.wait(10)
+        statuses = sorted(run.result(timeout=10).status for run in runs)
+        assert statuses == ["refused", "refused", "timeout"]
+        assert "SIGKILL" in sandbox.run(competition, GOOD).reason
 
 
 def test_closing_in_the_middle(competition):
