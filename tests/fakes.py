@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from rollout import Completion
+from rollout import Completion, PromptBudget
 from sandbox import Execution
 
 
@@ -23,10 +23,11 @@ class FakeTokenizer:
 class FakePrompter:
     tokenizer = FakeTokenizer()
 
-    def __init__(self, competition_ids):
+    def __init__(self, competition_ids, budget=PromptBudget()):
         self.competitions = {c: SimpleNamespace(id=c) for c in competition_ids}
+        self.budget = budget
 
-    def __call__(self, task):
+    def __call__(self, task, memory=""):
         return [ord(c) for c in task.id]
 
 
@@ -64,7 +65,8 @@ class FakeSandbox:
         if quality < 0:
             return Execution("error", exit_code=1, reason="ValueError: bad")
         return Execution("ok", exit_code=0, valid=True, score=quality, human_rank=quality,
-                         validation_score=quality, medal="bronze" if quality > 0.9 else "none")
+                         validation_score=quality, medal="bronze" if quality > 0.9 else "none",
+                         submission=code.encode())
 
 
 class FakeLearner:
