@@ -208,13 +208,13 @@ def list_files(public_dir: Path) -> list[tuple[str, list[Path]]]:
         for name in sorted(names):
             path = Path(folder, name)
             if path.is_file() and path.resolve().is_relative_to(root):
-                groups[pattern, path.suffix].append(path)
+                groups[pattern, name if name in order else path.suffix].append(path)
     entries = []
-    for (pattern, suffix), files in groups.items():
-        if len(files) <= (3 * FEW if suffix == ".csv" else FEW) and "*" not in pattern.parts:
+    for (pattern, kind), files in groups.items():
+        if len(files) <= (3 * FEW if kind == ".csv" else FEW) and "*" not in pattern.parts:
             entries += [(str(path.relative_to(public_dir)), [path]) for path in files]
         else:
-            entries.append((f"{pattern / '*'}{suffix}", files))
+            entries.append((str(pattern / (kind if kind in order else f"*{kind}")), files))
     return sorted(entries, key=lambda e: (order.get(e[1][0].name, 2), str(e[1][0])))
 
 
