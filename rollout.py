@@ -207,6 +207,8 @@ def list_files(public_dir: Path) -> list[tuple[str, list[Path]]]:
             patterns[os.path.join(folder, name)] = pattern / ("*" if len(folders) > FEW else name)
         for name in sorted(names):
             path = Path(folder, name)
+            if path == public_dir / "description.md":
+                continue  # MLE-bench puts a copy there; the prompt has it already
             if path.is_file() and path.resolve().is_relative_to(root):
                 groups[pattern, name if name in order else path.suffix].append(path)
     entries = []

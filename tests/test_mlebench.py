@@ -473,6 +473,17 @@ def theirs_of(grade, competition, path: Path) -> dict:
 
 
 @needs_checkout
+def test_the_named_splits_are_those_of_mlebench(mlebench):
+    splits = Path(CHECKOUT, "experiments/splits")
+    assert sorted(LITE) == sorted((splits / "low.txt").read_text().split())
+    assert sorted(module._all_of_mlebench()) == sorted((splits / "split75.txt").read_text().split())
+    listed = Path(module.__file__).parent / "examples/mlebench_medium.txt"
+    ids = [line for line in listed.read_text().splitlines() if not line.startswith("#")]
+    left_out = {"hubmap-kidney-segmentation", "multi-modal-gesture-recognition"}
+    assert set(ids) == set((splits / "medium.txt").read_text().split()) - left_out
+
+
+@needs_checkout
 @pytest.mark.parametrize("name", SPECS)
 def test_grades_equal_those_of_mlebench(mlebench, tmp_path, name):
     from mlebench.registry import registry

@@ -178,6 +178,7 @@ def zoo(tmp_path):
     (tmp_path / "labels.txt").write_text("rec_id,[labels]\n0,1,2\n")
     (tmp_path / "broken.png").write_bytes(b"not an image")
     (tmp_path / "train.csv").write_text(table)
+    (tmp_path / "description.md").write_text("in the prompt anyway")
     return tmp_path
 
 
@@ -185,6 +186,7 @@ def test_preview_shows_images_sounds_archives_and_records(zoo):
     lines = preview_data(zoo, 5000).splitlines()
     assert lines[:3] == ["train.csv: 2 rows", "- id int 1", "- text text hello, 50% missing"]
     text = "\n".join(lines)
+    assert "description" not in text
     for pattern in (r"train/\*\.jpg: 30 files, [\d.]+ KB, e\.g\. train/0\.jpg, 64x48 pixels, RGB",
                     r"scans/a\.tif: \d+ bytes, 10x20 pixels, L",
                     r"geometry/\*/\*\.xyz: 9 files, 72 bytes, e\.g\. geometry/\d/atoms\.xyz, begins '#1",
@@ -491,7 +493,7 @@ def test_an_evaluation_that_is_killed_goes_on_and_gives_the_same_report(tmp_path
         return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
 
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert start(whole, 1e-9).wait(120) == 0
+    assert start(whole, 1e-9).wait(600) == 0
     for mark in (20, 60):  # killed twice, in the middle of steps
         process = start(cut, 0.2)
         while finished(cut) < mark and process.poll() is None:
@@ -504,7 +506,7 @@ def test_an_evaluation_that_is_killed_goes_on_and_gives_the_same_report(tmp_path
     log.write_bytes(log.read_bytes()[:-7])
     (log.parent / "step_11.csv").write_text("half a fi")
     before = {p: p.read_text().splitlines()[:-1] for p in cut.glob("runs/*/steps.jsonl")}
-    assert start(cut, 1e-9).wait(120) == 0
+    assert start(cut, 1e-9).wait(600) == 0
     assert outcome(cut) == outcome(whole)
     for path, lines in before.items():  # what was done was not done again
         assert path.read_text().splitlines()[:len(lines)] == lines
@@ -596,6 +598,30 @@ def test_mistakes_are_one_line_and_status_2(arguments, message, capsys):
     assert rollout.main(["--model", "m", "--competitions", "lite", *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_each_slot_has_a_gpu_of_its_own_and_no_isolation_is_status_3(tmp_path, monkeypatch, capsys):
+    given = {}
+
+    class Stopped:
+        problem = "no Landlock"
+
+        def __init__(self, **options):
+            given.update(options)
+
+        __enter__ = lambda self: self
+        __exit__ = lambda self, *_: None
+
+    monkeypatch.setattr(rollout, "Sandbox", Stopped)
+    monkeypatch.setattr(rollout, "load_competitions", lambda *_: [])
+    (tmp_path / "config.json").touch()
+    arguments = ["--model", str(tmp_path), "--competitions", "lite", "--slots", "3",
+                 "--sandbox-gpus", "4,5", "--out", str(tmp_path / "report.json")]
+    assert rollout.main(arguments) == 3
+    assert given["gpus"] == ["4", "5", "4"] and given["slots"] == 3
+    assert "no Landlock" in capsys.readouterr().err
+    assert rollout.main([*arguments, "--steps", "7"]) == 2  # the record is one of 20 steps
+    assert "steps 20, not 7" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("file, known", [
