@@ -20,9 +20,14 @@ What is whose:
         3. Prompt blocks in the prefix cache are salted with the policy version: G responses
            share one prefill, and no request reads blocks that older weights computed.
         4. The agent's search rule (AIDE's: draft n, debug failures, else improve the best), its
-           final choice by the validation score that the script printed.
+           memory (AIDE's: design, result, validation score of what worked), its final choice by
+           the validation score that the script printed.
+        5. The agent learns of each file whether it is valid and, if not, why, which is what
+           MLE-bench's validation server tells; never its score.
 
 Alone:  python rollout.py --model DIR --competitions DIR --steps 20 --seeds 3 --out report.json
+        python rollout.py --model DIR --competitions lite --config examples/lite_evaluation.yaml
+        (the same command again goes on with an evaluation that was interrupted)
 """
 
 import argparse
@@ -30,15 +35,20 @@ import asyncio
 import json
 import math
 import os
+import platform
 import random
 import re
+import subprocess
 import sys
+import tarfile
 import tempfile
 import threading
 import time
 import uuid
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+import zipfile
+from collections import defaultdict
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +65,7 @@ INSTRUCTIONS = (
     "holds out training rows, prints 'validation score: <float>' and writes submission.csv. "
     "Answer with one ```python block."
 )
+PLAN = "Begin with a plan of 3 to 5 sentences."  # asked for where there is a memory to keep it
 ASK = {
     "draft": "Write a first script.",
     "improve": "Write a better script.",
@@ -64,11 +75,13 @@ ASK = {
 
 @dataclass(frozen=True)
 class PromptBudget:
-    """How much of each part a prompt may hold, in characters; small models need small prompts."""
+    """How much of each part a prompt may hold, in characters (three or four make a token); small
+    models need small prompts."""
 
     description: int = 8000
     preview: int = 3000
     output: int = 2000
+    memory: int = 0  # of earlier attempts; 0: no memory, and no plan is asked for
 
 
 def clip_middle(text: str, limit: int) -> str:
@@ -84,47 +97,193 @@ def clip_middle(text: str, limit: int) -> str:
     return f"{text[:keep].rstrip()} ... {text[len(text) - keep:].lstrip()}"
 
 
-def preview_data(public_dir: Path, limit: int) -> str:
-    """Describe the files that a script will find in input/, in at most `limit` characters.
+# Sections of Kaggle's descriptions: what a script must know, and what no script needs.
+NEEDED = re.compile(r"evaluat|metric|submission|data|file|field|column|format|label|predict", re.I)
+NEEDLESS = re.compile(r"prize|timeline|citation|acknowledg|requirement|eligib|sponsor|getting "
+                      r"started|conference|reference|kernels-only|code competition", re.I)
 
-    A CSV file is shown as its columns with type, an example, and the share of missing values; the
-    columns that an earlier file has shown already are only counted. Other files: name and size.
+
+def cut_description(text: str, limit: int) -> str:
+    """Cut a description that is too long at its headings: first the sections that no script needs
+    (prizes, dates, citations, ...), then the stories, last the middle of what is left.
+
+    >>> cut_description("# Overview\\nA long story.\\n## Prizes\\nA car.\\n## Evaluation\\nAUC.", 45)
+    '# Overview\\nA long story.\\n## Evaluation\\nAUC.'
     """
-    import pandas as pd
+    if len(text.strip()) <= limit:
+        return text.strip()
+    sections, fenced, dropped = [], False, 7  # [title, body], level of the section being dropped
+    for line in text.strip().splitlines():
+        fenced ^= line.startswith("```")
+        heading = None if fenced else re.match(r"(#{1,6})(.*)", line)
+        if heading:
+            level = len(heading.group(1))
+            if level <= dropped:  # a section ends with the next one of its level, or above it
+                dropped = level if NEEDLESS.search(heading.group(2)) else 7
+            if dropped == 7:
+                sections.append([line, ""])
+        elif dropped == 7:
+            if not sections:
+                sections.append(["", ""])
+            sections[-1][1] += "\n" + line
 
+    def joined():
+        return "\n".join((title + body).strip() for title, body in sections).strip()
+
+    excess = len(joined()) - limit
+    for section in sections:
+        if excess > 0 and not NEEDED.search(section[0]):
+            short = "\n" + clip_middle(section[1], max(len(section[1]) - excess - 10, 100))
+            excess -= len(section[1]) - len(short)
+            section[1] = short if len(short) < len(section[1]) else section[1]
+    return clip_middle(joined(), limit)
+
+
+FEW = 4  # files of a kind, or sub-directories, that a preview shows one by one
+
+
+def preview_data(public_dir: Path, limit: int) -> str:
+    """Describe the files that a script will find in input/, in about `limit` characters.
+
+    A table (CSV, also zipped; JSON records) is shown as its columns with type, an example, and the
+    share of missing values; the columns that an earlier file has shown already are only counted.
+    Other files: size, and what an image, a sound, an archive or a text is like. Many files of a
+    kind are one line, with one of them described.
+    """
     lines, seen = [], set()
-    # The training table first: what the other tables share with it need not be shown twice.
-    order = {"train.csv": 0, "test.csv": 1}
-    for path in sorted(public_dir.rglob("*"), key=lambda p: (order.get(p.name, 2), str(p))):
-        if not path.is_file():
-            continue
-        name = path.relative_to(public_dir)
-        if path.suffix != ".csv":
-            lines.append(f"{name}: {path.stat().st_size} bytes")
-            continue
-        table = pd.read_csv(path, nrows=1000)
-        lines.append(f"{name}: {len(table)} rows" + ("+" if len(table) == 1000 else ""))
-        for column in table.columns:
+    for pattern, files in list_files(public_dir):
+        about, table = describe_file(files[0])
+        if len(files) > 1:
+            size = sum(path.stat().st_size for path in files)
+            about = f", {about}" if about else ""
+            lines.append(f"{pattern}: {len(files)} files, {human_size(size)}, "
+                         f"e.g. {files[0].relative_to(public_dir)}{about}")
+        elif table is not None:
+            size = files[0].stat().st_size
+            size = f", {human_size(size)}" if size >= 1_000_000 else ""
+            lines.append(f"{pattern}: {len(table)} rows" + ("+" if len(table) == 1000 else "")
+                         + size)
+        else:
+            size = human_size(files[0].stat().st_size)
+            lines.append(f"{pattern}: {size}" + (f", {about}" if about else ""))
+        for column in table.columns if table is not None else ():
             if column in seen:
                 continue
             seen.add(column)
             values = table[column]
-            kind = {"i": "int", "u": "int", "f": "float", "b": "bool"}.get(values.dtype.kind, "text")
+            kind = {"i": "int", "u": "int", "f": "float", "b": "bool"}.get(values.dtype.kind,
+                                                                           "text")
             example = values.dropna().iloc[0] if values.notna().any() else ""
-            example = f"{example:.4g}" if kind == "float" else str(example)[:24]
+            example = f"{example:.4g}" if kind == "float" else " ".join(str(example).split())[:24]
             missing = f", {values.isna().mean():.0%} missing" if values.isna().any() else ""
             lines.append(f"- {column} {kind} {example}{missing}")
-    text, omitted = "", 0
+    text, columns, files = "", 0, 0
     for line in lines:
-        # A file's own line always stays; column lines fill what is left of the budget.
+        # A file's own line nearly always stays; column lines fill what is left of the budget.
         if line.startswith("- ") and len(text) + len(line) > limit:
-            omitted += 1
+            columns += 1
             continue
-        if omitted and not line.startswith("- "):
-            text += f"- ... {omitted} more columns\n"
-            omitted = 0
-        text += line + "\n"
-    return text + (f"- ... {omitted} more columns\n" if omitted else "")
+        if columns and not line.startswith("- "):
+            text += f"- ... {columns} more columns\n"
+            columns = 0
+        if len(text) + len(line) > 2 * limit:
+            files += 1
+        else:
+            text += line + "\n"
+    text += f"- ... {columns} more columns\n" if columns else ""
+    return text + (f"... {files} more files\n" if files else "")
+
+
+def list_files(public_dir: Path) -> list[tuple[str, list[Path]]]:
+    """Names and files, the training table first: what other tables share with it need not be shown
+    twice. Many files of a kind are one entry, `train/*.jpg`; so are those of many folders,
+    `train/*/*.xyz`. Links that lead out of the public data are left out: scripts cannot follow
+    them either."""
+    order = {"train.csv": 0, "test.csv": 1}
+    patterns, groups, root = {str(public_dir): Path()}, defaultdict(list), public_dir.resolve()
+    for folder, folders, names in os.walk(public_dir):
+        pattern = patterns.pop(folder)
+        for name in folders:
+            patterns[os.path.join(folder, name)] = pattern / ("*" if len(folders) > FEW else name)
+        for name in sorted(names):
+            path = Path(folder, name)
+            if path == public_dir / "description.md":
+                continue  # MLE-bench puts a copy there; the prompt has it already
+            if path.is_file() and path.resolve().is_relative_to(root):
+                groups[pattern, name if name in order else path.suffix].append(path)
+    entries = []
+    for (pattern, kind), files in groups.items():
+        if len(files) <= (3 * FEW if kind == ".csv" else FEW) and "*" not in pattern.parts:
+            entries += [(str(path.relative_to(public_dir)), [path]) for path in files]
+        else:
+            entries.append((str(pattern / (kind if kind in order else f"*{kind}")), files))
+    return sorted(entries, key=lambda e: (order.get(e[1][0].name, 2), str(e[1][0])))
+
+
+def describe_file(path: Path):
+    """(what it is in a few words, its first 1000 rows when it is a table, else None)."""
+    import pandas as pd
+
+    suffix = path.suffix.lower()
+    try:
+        if suffix == ".csv" or path.name.lower().endswith((".csv.zip", ".csv.gz")):
+            return "", pd.read_csv(path, nrows=1000)
+        if suffix in (".jsonl", ".ndjson"):
+            return "", pd.read_json(path, lines=True, nrows=1000)
+        if suffix == ".json" and path.stat().st_size < 100_000_000:
+            records = json.loads(path.read_bytes())
+            if isinstance(records, list) and records and isinstance(records[0], dict):
+                return "", pd.DataFrame(records[:1000])
+            return f"{type(records).__name__} of {len(records)}", None
+        tar = suffix in (".tar", ".tgz") or path.name.lower().endswith(".tar.gz")
+        if suffix in (".zip", ".7z") or tar and path.stat().st_size < 1_000_000_000:
+            names = archive_names(path, suffix)
+            return f"{len(names)} files inside, e.g. {names[0]}" if names else "empty", None
+        if suffix in (".wav", ".aif", ".aiff"):
+            import importlib
+
+            # The module for AIFF has left Python 3.13's library.
+            with importlib.import_module("wave" if suffix == ".wav" else "aifc").open(
+                    str(path), "rb") as sound:
+                rate = sound.getframerate()
+                return (f"{sound.getnframes() / rate:.1f} s of sound at {rate} Hz, "
+                        f"{sound.getnchannels()} channel(s)"), None
+        if suffix in (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff"):
+            from PIL import Image
+
+            with Image.open(path) as image:
+                return f"{image.width}x{image.height} pixels, {image.mode}", None
+        if suffix in (".txt", ".md", ".xyz", ".tsv", ".rtf", ".xml"):
+            with open(path, encoding="utf-8", errors="replace") as file:
+                return "begins " + repr(file.readline(80).strip()), None
+    except Exception as error:  # the preview is no judge of files
+        return f"not readable here ({type(error).__name__})", None
+    return "", None
+
+
+def archive_names(path: Path, suffix: str) -> list[str]:
+    """The files in an archive, from its directory; nothing is unpacked."""
+    if suffix == ".zip":
+        with zipfile.ZipFile(path) as archive:
+            return [name for name in archive.namelist() if not name.endswith("/")]
+    if suffix == ".7z":
+        import py7zr
+
+        with py7zr.SevenZipFile(path) as archive:
+            return [entry.filename for entry in archive.list() if not entry.is_directory]
+    with tarfile.open(path) as archive:
+        return [member.name for member in archive if member.isfile()]
+
+
+def human_size(size: int) -> str:
+    """
+    >>> human_size(3), human_size(25_000), human_size(1_500_000_000)
+    ('3 bytes', '25 KB', '1.5 GB')
+    """
+    for unit, power in (("GB", 9), ("MB", 6), ("KB", 3)):
+        if size >= 10 ** power:
+            return f"{size / 10 ** power:.3g} {unit}"
+    return f"{size} bytes"
 
 
 def own_traceback(stderr: str) -> str:
@@ -167,8 +326,39 @@ def describe_outcome(trace: Trace) -> str:
     return "\n".join(lines)
 
 
+def design_of(response: str) -> str:
+    """The plan that a response puts before its code, on one line; without one, the names that the
+    code imports.
+
+    >>> design_of("A forest on counts.\\n```python\\nfit()\\n```")
+    'A forest on counts.'
+    >>> design_of("```python\\nfrom sklearn.linear_model import Ridge\\n```")
+    'uses Ridge'
+    """
+    plan, _, code = response.rpartition("</think>")[2].partition("```")
+    if plan.strip():
+        return clip_middle(" ".join(plan.split()), 600)
+    imports = re.findall(r"^from \S+ import (.+)$", code, re.MULTILINE)
+    return "uses " + clip_middle(", ".join(imports), 200) if imports else "not described"
+
+
+def recall(traces: list[Trace], designs: list[str], limit: int) -> str:
+    """AIDE's memory: design, result and validation score of every attempt that worked, oldest
+    first; of too many, the latest that fit into `limit` characters. "" without any."""
+    text = ""
+    for trace, design in reversed(list(zip(traces, designs))):
+        if not trace.valid:
+            continue
+        result = clip_middle(" ".join(trace.output.split()), 200) or "no output"
+        entry = f"Design: {design}\nResult: {result}\n{describe_outcome(trace).capitalize()}"
+        if len(entry) + len(text) > limit:
+            break
+        text = f"{entry}\n\n{text}"
+    return text.strip()
+
+
 def task_messages(competition: Competition, task: Task, budget: PromptBudget,
-                  preview: str | None = None) -> list[dict]:
+                  preview: str | None = None, memory: str = "") -> list[dict]:
     """The chat messages that a task is prompted with.
 
     Args:
@@ -176,14 +366,17 @@ def task_messages(competition: Competition, task: Task, budget: PromptBudget,
         task: what to do; `improve` and `debug` show the parent's script and its outcome.
         budget: how long each part may be.
         preview: the data preview when the caller has it already (it costs file reads).
+        memory: what `recall` says of earlier attempts; "" for none.
     """
     if preview is None:
         preview = preview_data(competition.public_dir, budget.preview)
     parts = [
-        INSTRUCTIONS,
-        clip_middle(competition.description, budget.description),
+        f"{INSTRUCTIONS} {PLAN}" if budget.memory else INSTRUCTIONS,
+        cut_description(competition.description, budget.description),
         "# Data\n" + preview.strip(),
     ]
+    if memory:
+        parts.append(f"# Memory\nWhat has worked so far; do something else.\n\n{memory}")
     if task.parent is not None:
         outcome = clip_middle(describe_outcome(task.parent), budget.output)
         parts.append(f"# Script\n```python\n{task.parent.code.strip()}\n```\n# Output\n{outcome}")
@@ -200,9 +393,10 @@ class Prompter:
         self.budget = budget
         self.previews = {c.id: preview_data(c.public_dir, budget.preview) for c in competitions}
 
-    def __call__(self, task: Task) -> list[int]:
+    def __call__(self, task: Task, memory: str = "") -> list[int]:
         competition = self.competitions[task.competition_id]
-        messages = task_messages(competition, task, self.budget, self.previews[competition.id])
+        messages = task_messages(competition, task, self.budget, self.previews[competition.id],
+                                 memory)
         return encode_chat(self.tokenizer, messages)
 
 
@@ -435,6 +629,7 @@ class RolloutConfig:
     temperature: float = 1.0
     reward: str = "rank"
     timeout: float = 60.0  # seconds of wall-clock for one script
+    gap_penalty: float = 0.0  # reward lost for a printed score unlike the test score; 0: off
 
 
 def make_trace(task: Task, index: int, prompt_ids: list[int], completion: Completion,
@@ -483,6 +678,10 @@ def execute(trace: Trace, task: Task, competition: Competition, sandbox: Sandbox
     run = sandbox.run(competition, trace.code, timeout=config.timeout)
     describe_run(trace, run)
     trace.base_reward = base_reward(run, config.reward)
+    if run.valid and config.gap_penalty:
+        # What a valid file earns at least stays: an honest mistake must not be worse than none.
+        gap = config.gap_penalty * validation_gap(run, competition)
+        trace.base_reward = max(trace.base_reward - gap, min(trace.base_reward, 0.1))
     parent = task.parent
     trace.reward = step_reward(
         trace.base_reward, task.operator,
@@ -490,6 +689,14 @@ def execute(trace: Trace, task: Task, competition: Competition, sandbox: Sandbox
         unchanged=parent is not None and trace.code_key == parent.code_key,
     )
     return trace
+
+
+def validation_gap(run: Execution, competition: Competition) -> float:
+    """How far the score that a script printed is from its test score, as a difference of human
+    ranks, so in [0, 1] whatever the metric; 1 when it printed none: silence is no way out."""
+    if run.validation_score is None:
+        return 1.0
+    return abs(competition.human_rank(run.validation_score) - run.human_rank)
 
 
 def rollout(request: Request, engine, sandbox, prompter: Prompter, config: RolloutConfig,
@@ -590,22 +797,69 @@ class AgentConfig:
     drafts: int = 3  # drafts before anything else
     debug_probability: float = 0.5  # of mending a failure rather than improving the best
     debug_depth: int = 3  # longest chain of debug steps
+    hours: float = 24.0  # wall-clock of one run, as MLE-bench recommends
 
 
 @dataclass
 class AgentRun:
-    """One agent on one competition: its traces in order, and the one it hands in."""
+    """One agent on one competition, and its record on disk.
+
+    The folder holds steps.jsonl, a line a step, and the best submission so far, step_N.csv. A run
+    that was killed is taken up after its last line.
+    """
 
     competition: Competition
     seed: int
-    traces: list[Trace] = field(default_factory=list)
-    submission: bytes | None = None  # of the chosen trace
-    chosen: int | None = None  # its position in `traces`
+    traces: list[Trace] = field(default_factory=list)  # in order
+    designs: list[str] = field(default_factory=list)  # what each trace set out to do
+    hours: float = 0.0  # wall-clock of the steps
+    folder: Path | None = None
+
+    @classmethod
+    def load(cls, competition: Competition, seed: int, folder: Path) -> "AgentRun":
+        run = cls(competition, seed, folder=folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        log = folder / "steps.jsonl"
+        lines = log.read_bytes().splitlines(keepends=True) if log.exists() else []
+        if lines and not lines[-1].endswith(b"\n"):  # killed while writing it
+            os.truncate(log, sum(map(len, lines[:-1])))
+            lines.pop()
+        for row in map(json.loads, lines):
+            run.designs.append(row.pop("design"))
+            run.hours += row.pop("hours")
+            run.traces.append(Trace.from_json(row))
+        return run
+
+    def add(self, trace: Trace, design: str, hours: float, submission: bytes | None) -> None:
+        """Write a step down. The submission's file comes before the line that counts the step, and
+        the file that it replaces goes last: a kill loses the step in progress, no more."""
+        self.traces.append(trace)
+        self.designs.append(design)
+        self.hours += hours
+        best = self.chosen == len(self.traces) - 1
+        if best and submission is not None:
+            self.submission.write_bytes(submission)
+        with open(self.folder / "steps.jsonl", "a") as log:
+            log.write(json.dumps(trace.public() | {"design": design, "hours": hours}) + "\n")
+        for old in self.folder.glob("step_*.csv") if best else ():
+            if old != self.submission:
+                old.unlink()
+
+    @property
+    def chosen(self) -> int | None:
+        """Position in `traces` of the one that is handed in."""
+        return choose_best(self.competition, self.traces)
+
+    @property
+    def submission(self) -> Path | None:
+        """The file that is handed in."""
+        return None if self.chosen is None else self.folder / f"step_{self.chosen + 1}.csv"
 
     def row(self) -> dict:
         """Its line of report.json. Steps count from 1; null: never."""
         first = next((i for i, t in enumerate(self.traces) if t.valid), None)
         best = self.traces[self.chosen] if self.chosen is not None else None
+        executed = [t.seconds / 3600 for t in self.traces if t.code]
         return {
             "competition_id": self.competition.id,
             "seed": self.seed,
@@ -619,6 +873,8 @@ class AgentRun:
             "steps_to_first_valid": first + 1 if first is not None else None,
             "chosen_step": self.chosen + 1 if self.chosen is not None else None,
             "steps": len(self.traces),
+            "hours": self.hours,
+            "hours_per_execution": float(np.mean(executed)) if executed else 0.0,
         }
 
 
@@ -660,33 +916,52 @@ def choose_best(competition: Competition, traces: list[Trace]) -> int | None:
 
 
 def run_agent(competition: Competition, seed: int, engine, sandbox, prompter: Prompter,
-              config: RolloutConfig, agent: AgentConfig, progress=lambda: None) -> AgentRun:
+              config: RolloutConfig, agent: AgentConfig, folder: Path,
+              progress=lambda steps=1: None) -> AgentRun:
     """One run of the agent: `agent.steps` scripts, then the best by validation score.
 
-    `seed` decides the search's own choices; the responses are the engine's to sample.
+    `seed` decides the search's own choices, step by step; the responses are the engine's to sample.
+    `folder` is the run's record: what it holds already is not done again.
+
+    Raises:
+        CompetitionError: scripts are refused, or the prompt leaves no room for a response.
     """
-    rng = random.Random(f"{competition.id}/{seed}")
-    run, submissions = AgentRun(competition, seed), []
-    for _ in range(agent.steps):
-        task = choose_task(competition, run.traces, agent, rng)
-        prompt_ids = prompter(task)
-        if len(prompt_ids) + config.max_response_tokens > engine.max_model_len:
-            task = Task(f"{competition.id}/draft", competition.id, "draft")
-            prompt_ids = prompter(task)
+    run = AgentRun.load(competition, seed, folder)
+    progress(len(run.traces))
+    for step in range(len(run.traces), agent.steps):
+        left = 3600 * (agent.hours - run.hours)
+        if left <= 0:
+            break
+        started = time.monotonic()
+        rng = random.Random(f"{competition.id}/{seed}/{step}")
+        # The step is a task of its own, whatever it starts from.
+        draft = Task(f"{competition.id}/{seed}/{step}", competition.id, "draft")
+        task = replace(choose_task(competition, run.traces, agent, rng), id=draft.id)
+        # AIDE shows its memory to drafts and improvements.
+        memory = "" if task.operator == "debug" else recall(run.traces, run.designs,
+                                                            prompter.budget.memory)
+        room = engine.max_model_len - config.max_response_tokens
+        for task, memory in ((task, memory), (task, ""), (draft, "")):
+            prompt_ids = prompter(task, memory)
+            if len(prompt_ids) <= room:
+                break
+        else:
+            raise CompetitionError(f"{competition.id}: a prompt of {len(prompt_ids)} tokens leaves "
+                                   f"no room for {config.max_response_tokens}; raise "
+                                   "--max-model-len or lower --description-chars, --preview-chars")
         completions, version = engine.generate(prompt_ids, 1, config.max_response_tokens,
                                                config.temperature)
         text = prompter.tokenizer.decode(completions[0].token_ids, skip_special_tokens=True)
         trace = make_trace(task, 0, prompt_ids, completions[0], version, text)
-        submission = None
+        trace.id, submission = task.id, None
         if trace.code:
-            execution = sandbox.run(competition, trace.code, timeout=config.timeout)
+            execution = sandbox.run(competition, trace.code, timeout=min(config.timeout, left))
+            if execution.status == "refused":
+                raise CompetitionError(f"{competition.id}: {execution.reason}")
             describe_run(trace, execution)
             submission = execution.submission
-        run.traces.append(trace)
-        submissions.append(submission)
-        progress()
-    run.chosen = choose_best(competition, run.traces)
-    run.submission = submissions[run.chosen] if run.chosen is not None else None
+        run.add(trace, design_of(text), (time.monotonic() - started) / 3600, submission)
+        progress(1)
     return run
 
 
@@ -700,12 +975,13 @@ RATES = {  # total of report.json -> value of one run
     "human_rank": lambda r, steps: r["human_rank"],
     "first_draft_valid_rate": lambda r, steps: r["first_draft_valid"],
     "extra_steps_to_first_valid": lambda r, steps: (r["steps_to_first_valid"] or steps + 1) - 1,
+    "hours_per_competition": lambda r, steps: r["hours"],
+    "hours_per_execution": lambda r, steps: r["hours_per_execution"],
 }
 
 
 def report_totals(rows: list[dict], steps: int) -> dict:
-    """Mean over competitions, then mean and standard error (ddof 1) over seeds.
-    """
+    """Mean over competitions, then mean and standard error (ddof 1) over seeds."""
     seeds = sorted({r["seed"] for r in rows})
     totals = {}
     for name, value in RATES.items():
@@ -716,34 +992,74 @@ def report_totals(rows: list[dict], steps: int) -> dict:
 
 
 def evaluate(competitions: list[Competition], seeds: range, engine, sandbox, prompter: Prompter,
-             config: RolloutConfig, agent: AgentConfig, parallel: int) -> list[AgentRun]:
-    """Every competition with every seed, `parallel` agents at a time."""
+             config: RolloutConfig, agent: AgentConfig, parallel: int, folder: Path
+             ) -> list[AgentRun]:
+    """Every competition with every seed, `parallel` agents at a time, each with a record in
+    `folder`. The first error ends all: nothing that was written down is lost."""
     from tqdm import tqdm
 
-    jobs = [(c, s) for s in seeds for c in competitions]
-    with tqdm(total=len(jobs) * agent.steps, desc="agents", unit="step") as bar, \
-            ThreadPoolExecutor(parallel) as pool:
-        return list(pool.map(
-            lambda job: run_agent(*job, engine, sandbox, prompter, config, agent, bar.update),
-            jobs))
+    pool, jobs = ThreadPoolExecutor(parallel), []
+    total = len(seeds) * len(competitions) * agent.steps
+    with tqdm(total=total, desc="agents", unit="step") as bar:
+        try:
+            for seed in seeds:
+                for competition in competitions:
+                    jobs.append(pool.submit(
+                        run_agent, competition, seed, engine, sandbox, prompter, config, agent,
+                        folder / f"{competition.id}-{seed}", bar.update))
+            wait(jobs, return_when=FIRST_EXCEPTION)
+            failed = next((job for job in jobs if job.done() and job.exception()), None)
+            return [failed.result()] if failed else [job.result() for job in jobs]
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
-def write_report(path: Path, runs: list[AgentRun], agent: AgentConfig, model: str) -> dict:
-    """report.json, and beside it the submissions and submissions.jsonl for `mlebench grade`."""
+def check_settings(folder: Path, settings: dict) -> None:
+    """Make `folder` the record of an evaluation with these settings, or go on with the one there.
+
+    Raises:
+        CompetitionError: it holds an evaluation with other settings; runs must not be mixed.
+    """
+    path = folder / "settings.json"
+    settings = json.loads(json.dumps(settings))
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".new").write_text(json.dumps(settings, indent=1) + "\n")
+        path.with_suffix(".new").rename(path)
+    found = json.loads(path.read_text())
+    for name in settings.keys() | found.keys():
+        if settings.get(name) != found.get(name):
+            raise CompetitionError(
+                f"{folder} holds an evaluation with {name} {found.get(name)!r}, not "
+                f"{settings.get(name)!r}: give another --out, or remove it")
+
+
+def describe_hardware() -> dict:
+    """What an evaluation ran on, for its report."""
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
+        gpus = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        gpus = []
+    return {"cpu": cpu.group(1) if cpu else platform.machine(),
+            "cores": len(os.sched_getaffinity(0)), "memory_gib": round(memory / 2**30, 1),
+            "gpus": gpus, "system": platform.platform()}
+
+
+def write_report(path: Path, runs: list[AgentRun], agent: AgentConfig, model: str,
+                 **facts) -> dict:
+    """report.json, and beside it submissions.jsonl for `mlebench grade`."""
     rows = [run.row() for run in runs]
-    report = {"model": model, "agent": vars(agent), "runs": rows,
-              "totals": report_totals(rows, agent.steps)}
+    report = {"model": model, "agent": vars(agent), **facts, "hardware": describe_hardware(),
+              "runs": rows, "totals": report_totals(rows, agent.steps)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    folder = path.parent / f"{path.stem}-submissions"
-    folder.mkdir(exist_ok=True)
     with open(path.parent / "submissions.jsonl", "w") as lines:
         for run in runs:
-            name = None
-            if run.submission is not None:
-                name = folder / f"{run.competition.id}-{run.seed}.csv"
-                name.write_bytes(run.submission)
+            file = str(run.submission.resolve()) if run.submission else None
             lines.write(json.dumps({"competition_id": run.competition.id,
-                                    "submission_path": str(name) if name else None}) + "\n")
+                                    "submission_path": file}) + "\n")
     path.write_text(json.dumps(report, indent=1) + "\n")
     return report
 
@@ -762,59 +1078,181 @@ def print_report(report: dict) -> None:
     for name, total in report["totals"].items():
         sem = f" +- {total['sem']:.3f}" if total["sem"] is not None else ""
         print(f"{name:30} {total['mean']:8.3f}{sem}")
+    if len({r["seed"] for r in rows}) < 3:
+        print("fewer than 3 seeds: MLE-bench asks for at least 3, and for their standard error")
+
+
+def read_settings(path: str | Path, known) -> list[str]:
+    """A YAML file of flags -> the command line that it stands for; dashes or underscores.
+
+    Raises:
+        ValueError: one line that names the file and the field.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"--config {path}: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"--config {path}: must be a mapping of flags to values")
+    words = []
+    for name, value in values.items():
+        flag = str(name).replace("_", "-")
+        if flag.replace("-", "_") not in known:
+            raise ValueError(f"--config {path}: there is no flag --{flag}")
+        if not isinstance(value, (str, int, float)):
+            raise ValueError(f"--config {path}: {name} must be one value")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words.append(f"--{flag}={value}")
+    return words
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Evaluate a policy as an agent: greedy tree search on every competition.",
+        epilog="The same command again goes on with an evaluation that was interrupted.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add, switch = parser.add_argument, argparse.BooleanOptionalAction
+    add("--config", help="YAML file of these flags; those given here win over it")
+    add("--model", required=True, help="Hugging Face model directory")
+    add("--competitions", required=True,
+        help="lite (MLE-bench-Lite), all (MLE-bench), a file of ids, or a directory")
+    add("--data-dir", help="where `mlebench prepare` has put its data; default: its own default")
+    add("--allow-overlap", action=switch, default=False,
+        help="evaluate on competitions that the model was trained on")
+    add("--out", default="report.json", help="report to write; submissions beside it")
+    # the agent
+    add("--steps", type=int, default=20, help="scripts an agent may try")
+    add("--seeds", type=int, default=3, help="runs per competition")
+    add("--hours", type=float, default=24.0, help="wall-clock of one run")
+    add("--drafts", type=int, default=3, help="drafts before anything else")
+    add("--debug-probability", type=float, default=0.5,
+        help="probability of mending a failure rather than improving the best")
+    add("--debug-depth", type=int, default=3, help="longest chain of debug steps")
+    add("--parallel", type=int, default=32, help="agents at a time")
+    # the scripts
+    add("--slots", type=int, default=2, help="scripts that run at the same time")
+    add("--sandbox-gpus", default="",
+        help="GPU ids for the scripts, e.g. 0,1: one for each slot in turn; '' for none")
+    add("--timeout", type=float, default=10.0, help="wall-clock limit of a script, seconds")
+    add("--cpu-seconds", type=float, default=0.0,
+        help="CPU limit of a script; 0: timeout * threads")
+    add("--threads", type=int, default=1, help="OpenMP and BLAS threads of a script")
+    add("--memory-mb", type=int, default=2048, help="memory limit of a script, MB")
+    add("--disk-mb", type=int, default=256, help="limit of what a script writes, MB")
+    add("--unsafe", action=switch, default=False, help="run scripts without isolation")
+    # prompts and engine
+    add("--temperature", type=float, default=1.0, help="sampling temperature")
+    add("--max-model-len", type=int, default=1024, help="prompt + response, tokens")
+    add("--max-response-tokens", type=int, default=256, help="tokens")
+    add("--description-chars", type=int, default=600, help="in the prompt")
+    add("--preview-chars", type=int, default=240, help="data preview in the prompt")
+    add("--output-chars", type=int, default=300, help="output in the prompt")
+    add("--memory-chars", type=int, default=0, help="earlier attempts in the prompt; 0: none")
+    add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the engine")
+    add("--tensor-parallel", type=int, default=1, help="GPUs of the engine")
+    add("--max-num-seqs", type=int, default=64, help="sequences decoded together")
+    add("--kv-cache-gib", type=float, default=1.0, help="0: vLLM's fraction of the GPU memory")
+    return parser
+
+
+# Flags that change how fast an evaluation is, or how far it goes, but no run of it.
+FREE = "config out parallel slots sandbox_gpus seeds competitions data_dir allow_overlap".split()
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Command line -> flags; those of a --config file come first, so that given ones win."""
+    parser = make_parser()
+    words = sys.argv[1:] if argv is None else argv
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    if path := first.parse_known_args(words)[0].config:
+        known = vars(parser.parse_args(["--model=", "--competitions="]))
+        words = read_settings(path, known) + list(words)
+    args = parser.parse_args(words)
+    for name in ("steps", "seeds", "parallel", "slots", "threads"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be at least 1")
+    return args
+
+
+def check_overlap(model: Path, competitions: list[Competition]) -> None:
+    """Refuse competitions that the policy of a run directory was trained on.
+
+    Raises:
+        CompetitionError: one line that names the first of them.
+    """
+    path = model.resolve().parent / "splits.json"  # train.py writes it beside policy/
+    trained = json.loads(path.read_text())["train"] if path.exists() else []
+    if both := {c.id for c in competitions} & set(trained):
+        raise CompetitionError(f"--competitions: {min(both)} was a training competition of "
+                               f"{model}; --allow-overlap evaluates on it all the same")
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description="Evaluate a policy as an agent: greedy tree search on every competition.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--model", required=True, help="Hugging Face model directory")
-    parser.add_argument("--competitions", required=True, help="directory of competitions")
-    parser.add_argument("--out", default="report.json", help="report to write; submissions beside it")
-    parser.add_argument("--steps", type=int, default=20, help="scripts an agent may try")
-    parser.add_argument("--seeds", type=int, default=3, help="runs per competition")
-    parser.add_argument("--drafts", type=int, default=3, help="drafts before anything else")
-    parser.add_argument("--debug-probability", type=float, default=0.5,
-                        help="probability of mending a failure rather than improving the best")
-    parser.add_argument("--parallel", type=int, default=32, help="agents at a time")
-    parser.add_argument("--slots", type=int, default=2, help="scripts that run at the same time")
-    parser.add_argument("--timeout", type=float, default=10.0, help="seconds for one script")
-    parser.add_argument("--temperature", type=float, default=1.0, help="sampling temperature")
-    parser.add_argument("--max-model-len", type=int, default=1024, help="prompt + response, tokens")
-    parser.add_argument("--max-response-tokens", type=int, default=256, help="tokens")
-    parser.add_argument("--description-chars", type=int, default=600, help="in the prompt")
-    parser.add_argument("--preview-chars", type=int, default=240, help="data preview in the prompt")
-    parser.add_argument("--output-chars", type=int, default=300, help="output in the prompt")
-    parser.add_argument("--unsafe", action="store_true", help="run scripts without isolation")
-    args = parser.parse_args(argv)
-    if args.steps < 1 or args.seeds < 1:
-        parser.error("--steps and --seeds must be at least 1")
     try:
-        competitions = load_competitions(args.competitions)
-        if not (Path(args.model) / "config.json").is_file():
-            raise CompetitionError(f"--model {args.model}: no config.json there; give a Hugging "
-                                   "Face model directory")
-    except CompetitionError as error:
+        args = parse_arguments(argv)
+        model, out = Path(args.model), Path(args.out)
+        if not (model / "config.json").is_file():
+            raise ValueError(f"--model {model}: no config.json there; give a Hugging Face model "
+                             "directory")
+        competitions = load_competitions(args.competitions, args.data_dir)
+        if not args.allow_overlap:
+            check_overlap(model, competitions)
+        weights = [(p.name, p.stat().st_size, p.stat().st_mtime_ns)
+                   for p in sorted(model.glob("*.safetensors"))]
+        settings = {k: v for k, v in vars(args).items() if k not in FREE}
+        folder = out.parent / f"{out.stem}-runs"
+        check_settings(folder, settings | {"model": str(model.resolve()), "weights": weights})
+    except ValueError as error:  # CompetitionError is one
         print(f"rollout.py: {error}", file=sys.stderr)
         return 2
-    from transformers import AutoTokenizer
-
-    prompter = Prompter(AutoTokenizer.from_pretrained(args.model), competitions, PromptBudget(
-        args.description_chars, args.preview_chars, args.output_chars))
-    agent = AgentConfig(args.steps, args.drafts, args.debug_probability)
+    agent = AgentConfig(args.steps, args.drafts, args.debug_probability, args.debug_depth,
+                        args.hours)
     config = RolloutConfig(args.max_response_tokens, args.temperature, timeout=args.timeout)
-    engine = Engine(args.model, EngineConfig(max_model_len=args.max_model_len))
-    try:
-        with Sandbox(slots=args.slots, timeout=args.timeout, unsafe=args.unsafe) as sandbox:
+    gpus = [gpu for gpu in args.sandbox_gpus.split(",") if gpu]
+    with Sandbox(
+            slots=args.slots, timeout=args.timeout, cpu_seconds=args.cpu_seconds or None,
+            memory_mb=args.memory_mb, disk_mb=args.disk_mb, file_mb=args.disk_mb,
+            threads=args.threads,
+            gpus=[gpus[slot % len(gpus)] for slot in range(args.slots)] if gpus else None,
+            unsafe=args.unsafe) as sandbox:
+        if sandbox.problem:
+            print(f"rollout.py: scripts cannot be isolated here: {sandbox.problem}; --unsafe runs "
+                  "them without isolation", file=sys.stderr)
+            return 3
+        from transformers import AutoTokenizer
+
+        prompter = Prompter(AutoTokenizer.from_pretrained(args.model), competitions, PromptBudget(
+            args.description_chars, args.preview_chars, args.output_chars, args.memory_chars))
+        engine = Engine(args.model, EngineConfig(
+            max_model_len=args.max_model_len, max_num_seqs=args.max_num_seqs, dtype=args.dtype,
+            tensor_parallel_size=args.tensor_parallel, kv_cache_gib=args.kv_cache_gib or None))
+        try:
             runs = evaluate(competitions, range(args.seeds), engine, sandbox, prompter, config,
-                            agent, args.parallel)
-    finally:
-        engine.close()
-    report = write_report(Path(args.out), runs, agent, args.model)
+                            agent, args.parallel, folder)
+        except CompetitionError as error:
+            print(f"rollout.py: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("\nrollout.py: interrupted; the same command goes on", file=sys.stderr)
+            return 130
+        finally:
+            engine.close()
+    limits = {"hours_per_competition": args.hours, "hours_per_execution": args.timeout / 3600,
+              "scripts_at_a_time": args.slots, "threads": args.threads, "memory_mb": args.memory_mb,
+              "gpus": gpus, "isolation": sandbox.isolation}
+    report = write_report(out, runs, agent, args.model, seeds=args.seeds, limits=limits)
     print_report(report)
     print(f"wrote {args.out}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # threads of vLLM, and of agents that an error has cut off, would linger

@@ -32,8 +32,8 @@ Covered (tests/test_sandbox_attacks.py attacks each):
   fork server never knew them; the owner's environment is not inherited.
 - Poisoning: public data, the Python installation and other runs' files cannot be changed. Each run
   is a fresh fork, so monkeypatches die with it. No System V or POSIX IPC, no keyrings.
-- Submission: read when every process of the run is dead, without following links, bounded, parsed
-  strictly before pandas sees it.
+- Submission: read when every process of the run is dead, without following links; its bytes, rows
+  and fields are bounded before pandas sees it.
 - Processes: no fork, exec or signal to anyone else; threads only. Hangs, ignored signals and
   SIGSTOP end in SIGKILL. Nothing survives its run, its server or its owner (kill -9 included).
 - Resources: CPU, wall clock, memory, file size, disk, inodes, threads, descriptors, output.
@@ -49,6 +49,7 @@ in the public data that lead out of it are not followed.
 Run alone:
     python sandbox.py run --competition DIR script.py [--timeout S]
     python sandbox.py grade --competition DIR submission.csv
+    python sandbox.py grade --competition spooky-author-identification --data-dir DIR submission.csv
     python sandbox.py selftest
 """
 
@@ -57,6 +58,7 @@ from __future__ import annotations
 import argparse
 import ast
 import atexit
+import copy
 import csv
 import ctypes
 import dataclasses
@@ -150,8 +152,9 @@ def medal_ranks(teams: int) -> tuple[int, int, int]:
 class Competition:
     """One competition: what the agent may see (description, public_dir) and how it is judged.
 
-    leaderboard holds the private scores, best first, (N,) float64; gold, silver and bronze are the
-    scores of the last ranks that win the medal (inclusive), median is exclusive.
+    leaderboard holds the private scores as its file lists them, (N,) float64; gold, silver and
+    bronze are the scores of the last ranks that win the medal (inclusive), median is exclusive.
+    sample_submission only bounds the size of a submission: MLE-bench keeps some of them private.
     """
 
     id: str
@@ -166,7 +169,7 @@ class Competition:
     silver: float
     bronze: float
     median: float
-    grader: Callable  # grade(submission: DataFrame, answers: DataFrame) -> float
+    grader: Callable  # grade(submission: DataFrame, answers: see `_answers`) -> float
 
     @classmethod
     def load(cls, directory: str | Path, data: str | Path | None = None) -> Competition:
@@ -193,7 +196,7 @@ class Competition:
         description = directory / Path(config.get("description") or "description.md").name
         board = directory / "leaderboard.csv"
         for path in (description, board, answers, sample):
-            if not path.is_file():
+            if not (path.is_file() or path == answers and path.is_dir()):
                 raise CompetitionError(f"{path}: missing file of competition {competition_id!r}")
         scores, lower = _read_leaderboard(board)
         gold, silver, bronze = (float(scores[rank - 1]) for rank in medal_ranks(len(scores)))
@@ -203,7 +206,46 @@ class Competition:
             description=description.read_text(encoding="utf-8", errors="replace"),
             public_dir=home / "prepared" / "public", answers=answers, sample_submission=sample,
             leaderboard=scores, lower_is_better=lower, gold=gold, silver=silver, bronze=bronze,
-            median=float(np.median(scores)), grader=_load_grader(grade_fn, directory),
+            median=float(np.nanmedian(scores)), grader=_load_grader(grade_fn, directory),
+        )  # fmt: skip
+
+    @classmethod
+    def from_mlebench(
+        cls, competition_id: str, data_dir: str | Path | None = None,
+        registry: str | Path | None = None,
+    ) -> Competition:  # fmt: skip
+        """A competition of MLE-bench whose data `mlebench prepare` has put below `data_dir`.
+
+        With the package mlebench: what its registry, its Grader and its medal thresholds say.
+        Without it, or when `registry` is given: the same files, read from <registry>/<id> (default
+        <data_dir>/<id>). data_dir: default as mlebench's own. Raises: CompetitionError.
+        """
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        data = Path(data_dir or Path(cache) / "mle-bench" / "data")
+        if not (data / competition_id / "prepared" / "public").is_dir():
+            command = f"mlebench prepare -c {competition_id} --data-dir {data}"
+            raise CompetitionError(f"{data / competition_id}: no prepared data; run `{command}`")
+        package = None if registry else importlib.util.find_spec("mlebench")
+        if package is None:
+            directory = Path(registry or data) / competition_id
+            if not directory.joinpath("config.yaml").is_file():
+                raise CompetitionError(f"{directory}: no config.yaml there; {_GET_MLEBENCH}")
+            return cls.load(directory, data)
+        import pandas as pd
+
+        try:
+            theirs = importlib.import_module("mlebench.registry").registry.set_data_dir(data)
+            theirs = theirs.get_competition(competition_id)
+        except Exception as error:
+            what = f"{type(error).__name__}: {_one_line(error)}"
+            raise CompetitionError(f"mlebench: {competition_id}: {what}; {_GET_MLEBENCH}") from None
+        ours = cls.load(theirs.leaderboard.parent, data)
+        board = pd.read_csv(theirs.leaderboard)
+        marks = theirs.grader.rank_score(None, board)
+        return dataclasses.replace(
+            ours, lower_is_better=theirs.grader.is_lower_better(board),
+            grader=theirs.grader.grade_fn,
+            **{name: marks[f"{name}_threshold"] for name in ("gold", "silver", "bronze", "median")},
         )  # fmt: skip
 
     def human_rank(self, score: float) -> float:
@@ -219,8 +261,8 @@ class Competition:
         except SubmissionError as error:
             return Grade(False, reason=_one_line(error))
         try:
-            score = self.grader(frame, self._answers.copy())
-            score = math.nan if score is None else float(score)
+            score = self.grader(frame, copy.deepcopy(self._answers))
+            score = math.nan if score is None else round(float(score), 5)  # as mlebench rounds
         except (Exception, SystemExit) as error:  # a grader refuses by raising, in its own words
             said = str(error) if " " in str(error) else f"{type(error).__name__}: {error}"
             return Grade(False, reason=_one_line(f"the grader refused the submission: {said}"))
@@ -240,24 +282,73 @@ class Competition:
 
     @functools.cached_property
     def _answers(self):
+        """What the grader gets: a DataFrame (.csv), a list of objects (.jsonl), else the path."""
         import pandas as pd
 
-        return pd.read_csv(self.answers)
+        if self.answers.suffix == ".jsonl":
+            return [json.loads(line) for line in self.answers.read_bytes().splitlines()]
+        return pd.read_csv(self.answers) if self.answers.suffix == ".csv" else self.answers
 
 
-def load_competitions(directory: str | Path) -> list[Competition]:
-    """Every sub-directory that holds a config.yaml, sorted by id. Raises: CompetitionError."""
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise CompetitionError(f"{directory}: no such directory of competitions")
-    found = [Competition.load(path.parent) for path in directory.glob("*/config.yaml")]
+_GET_MLEBENCH = (
+    "clone https://github.com/openai/mle-bench, run `git lfs pull` in it, then "
+    "`pip install --no-deps CLONE` and `pip install appdirs py7zr diskcache tenacity tqdm`"
+)
+LITE = """
+    aerial-cactus-identification aptos2019-blindness-detection denoising-dirty-documents
+    detecting-insults-in-social-commentary dog-breed-identification
+    dogs-vs-cats-redux-kernels-edition histopathologic-cancer-detection
+    jigsaw-toxic-comment-classification-challenge leaf-classification mlsp-2013-birds
+    new-york-city-taxi-fare-prediction nomad2018-predict-transparent-conductors
+    plant-pathology-2020-fgvc7 random-acts-of-pizza ranzcr-clip-catheter-line-classification
+    siim-isic-melanoma-classification spooky-author-identification
+    tabular-playground-series-dec-2021 tabular-playground-series-may-2022
+    text-normalization-challenge-english-language text-normalization-challenge-russian-language
+    the-icml-2013-whale-challenge-right-whale-redux
+""".split()
+_DEVELOPMENT = """
+    invasive-species-monitoring ml2021spring-hw2 movie-review-sentiment-analysis-kernels-only
+    paddy-disease-classification plant-seedlings-classification playground-series-s3e18
+    spaceship-titanic
+""".split()  # in mlebench's registry, but not among the benchmark's 75
+
+
+def load_competitions(where: str | Path, data_dir: str | Path | None = None) -> list[Competition]:
+    """The competitions that `where` names, sorted by id. Raises: CompetitionError.
+
+    where: "lite" (the 22 of MLE-bench-Lite), "all" (MLE-bench's 75), a text file with an id of
+    MLE-bench a line (# begins a comment), or a directory whose sub-directories are competitions.
+    data_dir: where MLE-bench's data are prepared, see `Competition.from_mlebench`.
+    """
+    path = Path(where)
+    if str(where) in ("lite", "all") or path.is_file():
+        if path.is_file():
+            ids = [line.partition("#")[0].strip() for line in path.read_text().splitlines()]
+        else:
+            ids = LITE if str(where) == "lite" else _all_of_mlebench()
+        found = [Competition.from_mlebench(name, data_dir) for name in filter(None, ids)]
+        nothing = "no competition id in it"
+    elif path.is_dir():
+        homes = [config.parent for config in path.glob("*/config.yaml")]
+        own = lambda home: (home / "prepared").is_dir()  # noqa: E731
+        found = [Competition.load(home, None if own(home) else data_dir) for home in homes]
+        nothing = "no sub-directory holds a config.yaml"
+    else:
+        raise CompetitionError(f"{path}: no such directory, file of ids, `lite` or `all`")
     if not found:
-        raise CompetitionError(f"{directory}: no sub-directory holds a config.yaml")
+        raise CompetitionError(f"{path}: {nothing}")
     found.sort(key=lambda competition: competition.id)
     for first, second in zip(found, found[1:]):
         if first.id == second.id:
-            raise CompetitionError(f"{directory}: two competitions have the id {first.id!r}")
+            raise CompetitionError(f"{path}: two competitions have the id {first.id!r}")
     return found
+
+
+def _all_of_mlebench() -> list[str]:
+    if not importlib.util.find_spec("mlebench"):
+        raise CompetitionError(f"`all` needs the package mlebench: {_GET_MLEBENCH}")
+    known = importlib.import_module("mlebench.registry").registry.list_competition_ids()
+    return [name for name in known if name not in _DEVELOPMENT]
 
 
 def _read_config(path: Path) -> dict:
@@ -290,20 +381,25 @@ def _field(mapping: dict, name: str, where: str, kind: type = str):
 
 
 def _read_leaderboard(path: Path) -> tuple[np.ndarray, bool]:
-    """The finite scores, best first, and whether lower is better (MLE-bench: first < last)."""
+    """The scores, best first, and whether lower is better (MLE-bench: first < last).
+
+    As mlebench has it, the file's order counts, and so does a team without a score (NaN).
+    """
     with open(path, newline="", encoding="utf-8", errors="replace") as file:
+        if file.readline().startswith("version https://git-lfs"):
+            remedy = "run `git lfs pull` in the checkout that it comes from"
+            raise CompetitionError(f"{path}: a Git LFS pointer, not a leaderboard; {remedy}")
+        file.seek(0)
         rows = csv.DictReader(file)
         if "score" not in (rows.fieldnames or ()):
             raise CompetitionError(f"{path}: no column 'score' among {rows.fieldnames}")
         try:
-            scores = [float(row["score"]) for row in rows if row["score"]]
+            board = np.array([float(row["score"] or "nan") for row in rows])
         except (ValueError, csv.Error) as error:
             raise CompetitionError(f"{path}: line {rows.line_num}: {_one_line(error)}") from None
-    board = np.array([score for score in scores if math.isfinite(score)])
-    if not len(board):
+    if not np.isfinite(board).any():
         raise CompetitionError(f"{path}: no score in it")
-    lower = bool(board[0] < board[-1])
-    return (np.sort(board) if lower else np.sort(board)[::-1].copy()), lower
+    return board, bool(board[0] < board[-1])
 
 
 def _load_grader(grade_fn: str, directory: Path) -> Callable:
@@ -329,6 +425,8 @@ def _load_grader(grade_fn: str, directory: Path) -> Callable:
         raise
     except Exception as error:
         what = f"{type(error).__name__}: {_one_line(error)}"
+        if (getattr(error, "name", None) or "").partition(".")[0] == "mlebench":
+            what = f"it imports mlebench, which is not installed; {_GET_MLEBENCH}"
         raise CompetitionError(f"{path}: cannot be loaded: {what}") from None
 
 
@@ -339,10 +437,9 @@ _NUMBER = re.compile(r"\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*", re.ASCII)
 
 @dataclass(frozen=True)
 class Sample:
-    """What the sample submission says about the form of a submission."""
+    """What the sample submission says about the size of a submission."""
 
     columns: tuple[str, ...]
-    numeric: tuple[str, ...]  # columns in which every value is a number
     rows: int
     max_bytes: int  # bound for a submission's size
 
@@ -351,52 +448,38 @@ class Sample:
         with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
             reader = csv.reader(file)
             columns = tuple(next(reader, ()))
-            numeric, rows = set(range(len(columns))), 0
+            numeric, rows = True, 0
             for row in filter(None, reader):
                 rows += 1
-                numeric = {i for i in numeric if i < len(row) and _NUMBER.fullmatch(row[i])}
+                if rows <= 1000:
+                    numeric = numeric and all(_NUMBER.fullmatch(value) for value in row[1:])
         if not columns or not rows:
             raise CompetitionError(f"{path}: the sample submission has no rows")
-        # Ids stay as long as they are; a float may take 25 characters where the sample says 0.
+        # Ids stay as long as they are; a float may take 25 characters where the sample says 0;
+        # of text (encoded masks, say) the sample may show next to nothing.
         size = 2 * os.path.getsize(path) + 32 * len(columns) * (rows + 1) + 4096
-        return cls(columns, tuple(columns[i] for i in sorted(numeric)), rows, size)
+        return cls(columns, rows, size if numeric else max(size, 64 << 20))
 
 
 def read_submission(data: bytes, sample: Sample):
-    """Parse a submission into a DataFrame, or say in one line why not.
+    """Parse a submission into the DataFrame that mlebench would read, or say in one line why not.
 
-    Only the form is judged: size, encoding, header, field counts, and finite numbers where the
-    sample has numbers; ids, columns and ranges are the grader's business. Linear-time checks come
-    first because pandas is not safe on unchecked bytes: a header of a million equal names takes it
-    minutes, and float() accepts `1_5` and Arabic digits.
+    What is valid is the grader's word. Here only the bytes are made safe: their size, encoding and
+    numbers of rows and fields. That takes linear time and comes first because pandas is not safe on
+    unchecked bytes: a header of a million equal names takes it minutes.
     Raises: SubmissionError.
     """
-    rows, header, text = _check_form(data, sample)
+    _check_form(data, sample)
     import pandas as pd
 
     try:
-        frame = pd.read_csv(io.StringIO(text, newline=""), index_col=False)
+        return pd.read_csv(io.BytesIO(data))
     except Exception as error:  # pandas' own refusals; the bytes are tame by now
-        raise SubmissionError(f"submission.csv cannot be parsed: {_one_line(error)}") from None
-    if len(frame) != rows or list(frame.columns) != header:
-        raise SubmissionError("submission.csv: blank lines, stray quotes or unnamed columns")
-    for name in sample.numeric:
-        if name not in frame.columns:
-            continue
-        column = frame[name]
-        if pd.api.types.is_numeric_dtype(column):
-            bad = np.flatnonzero(~np.isfinite(column.to_numpy(dtype=np.float64)))
-        else:
-            bad = [i for i, value in enumerate(column) if not _NUMBER.fullmatch(str(value))]
-        if len(bad):
-            where = f"column {_one_line(name, 40)!r}, row {bad[0] + 1}"
-            value = str(column.iloc[bad[0]])[:40]
-            raise SubmissionError(f"submission.csv: {where}: {value!r} is not a finite number")
-    return frame
+        raise SubmissionError(f"submission.csv is not valid CSV: {_one_line(error)}") from None
 
 
-def _check_form(data: bytes, sample: Sample) -> tuple[int, list[str], str]:
-    """(rows, header, text) of bytes that are a regular CSV file. Raises: SubmissionError."""
+def _check_form(data: bytes, sample: Sample) -> None:
+    """Refuse bytes that are no CSV text of about the sample's size. Raises: SubmissionError."""
 
     def refuse(what: str):
         raise SubmissionError(f"submission.csv {what}")
@@ -411,27 +494,20 @@ def _check_form(data: bytes, sample: Sample) -> tuple[int, list[str], str]:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         refuse(f"is not UTF-8 text (byte {error.start})")
-    text = text.replace("\r\n", "\n").rstrip("\n") + "\n"
-    if "\r" in text:
-        refuse("holds a bare carriage return")
-    reader, rows = csv.reader(io.StringIO(text, newline=""), strict=True), 0
+    csv.field_size_limit(max(csv.field_size_limit(), sample.max_bytes))
+    rows, most = 0, 2 * len(sample.columns) + 16
     try:
-        header = next(reader)
-        if len(header) > 2 * len(sample.columns) + 16:
-            refuse(f"has {len(header)} columns, expected {list(sample.columns)[:8]}")
-        if len(set(header)) < len(header):
-            refuse("has two columns of the same name")
-        for row in reader:
+        for row in csv.reader(io.StringIO(text, newline="")):
             rows += 1
-            if len(row) != len(header):
-                refuse(f"row {rows} has {len(row)} fields, the header has {len(header)}")
-            if rows > 2 * sample.rows + 16:
+            if len(row) > most:
+                where = f"row {rows - 1}" if rows > 1 else "the header"
+                refuse(f"has {len(row)} fields in {where}, expected {len(sample.columns)} columns")
+            if rows > 2 * sample.rows + 17:
                 refuse(f"has too many rows, expected {sample.rows}")
     except csv.Error as error:
         refuse(f"is not valid CSV: {_one_line(error)}")
-    if not rows:
+    if rows < 2:
         refuse("has a header but no rows")
-    return rows, header, text
 
 
 # -- Executions and rewards -----------------------------------------------------------------------
@@ -1509,6 +1585,8 @@ class Sandbox:
             "cpus": self.cpus[slot] if self.cpus else None,
             "gpu": self.gpus[slot] if self.gpus else "", **self._limits,
         }  # fmt: skip
+        # A whole submission must fit into one file, as large as the competition wants it.
+        request["file_mb"] = max(request["file_mb"], 1 + (request["submission_bytes"] >> 20))
         ours, theirs = socket.socketpair()
         with ours, theirs:
             try:
@@ -1739,7 +1817,10 @@ def _parser() -> argparse.ArgumentParser:
     grade = commands.add_parser("grade", help="grade a submission without running anything")
     grade.add_argument("submission", type=Path, help="a submission.csv")
     for command in (run, grade):
-        command.add_argument("--competition", type=Path, required=True, metavar="DIR")
+        text = "directory of the competition, or an id of MLE-bench with --data-dir"
+        command.add_argument("--competition", required=True, metavar="DIR", help=text)
+        text = "where `mlebench prepare` has put its data"
+        command.add_argument("--data-dir", metavar="DIR", help=text)
     commands.add_parser("selftest", help="print which layers this machine has and prove each")
     return parser
 
@@ -1752,7 +1833,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(json.dumps(report, indent=2))
         return 0 if report["ok"] else 3
     try:
-        competition = Competition.load(options.competition)
+        if options.data_dir:
+            competition = Competition.from_mlebench(options.competition, options.data_dir)
+        else:
+            competition = Competition.load(options.competition)
         if options.command == "grade":
             grade = competition.grade(options.submission.read_bytes())
             print(json.dumps({"competition_id": competition.id} | dataclasses.asdict(grade)))

@@ -53,7 +53,7 @@ import numpy as np
 
 from buffer import EvolvingBuffer, Group, Task, last_line
 from rollout import (Engine, EngineConfig, PromptBudget, Prompter, Request, Result, RolloutConfig,
-                     RolloutWorker)
+                     RolloutWorker, read_settings)
 from sampler import AdaptiveSampler
 from sandbox import CompetitionError, Sandbox, load_competitions
 
@@ -82,9 +82,13 @@ class Config:
     # --- where things are
     preset: str = opt("tiny", "named set of defaults", choices=["tiny", "small", "ace30b"])
     model: str = opt("data/policy", "Hugging Face model directory, the policy to start from")
-    competitions: str = opt("data/competitions/train", "directory of training competitions")
+    competitions: str = opt("data/competitions/train", "training competitions: a directory, a file "
+                            "of MLE-bench ids, lite (MLE-bench-Lite) or all (MLE-bench)")
     heldout: str = opt("data/competitions/heldout",
-                       "directory of competitions for evaluation only; '' for none")
+                       "competitions for evaluation only, named likewise; '' for none")
+    data_dir: str = opt("", "where `mlebench prepare` has put MLE-bench's data; '' means its own "
+                            "default")
+    allow_overlap: bool = opt(False, "let competitions be both trained and evaluated on")
     run_dir: str = opt("", "where the run is written; '' means runs/<preset>-<time>")
     seed: int = opt(0, "seed of the sampler, the engine and the learner")
     # --- how much
@@ -130,6 +134,9 @@ class Config:
     temperature: float = opt(1.0, "sampling temperature; it divides the learner's logits too")
     reward: str = opt("rank", "what a valid submission earns: human rank, milestones, medals only",
                       choices=["rank", "milestone", "medal"])
+    gap_penalty: float = opt(0.0, "reward lost when a script's printed validation score differs "
+                                  "from its test score, times the difference of their human ranks; "
+                                  "0: off")
     # --- what to train on
     sampler: str = opt("lp", "task score: Learnability Potential or an alternative",
                        choices=["lp", "variance", "regret", "uniform"])
@@ -164,6 +171,7 @@ class Config:
     timeout: float = opt(10.0, "wall-clock limit of a script, seconds")
     cpu_seconds: float = opt(3.0, "CPU limit of a script, seconds")
     memory_mb: int = opt(2048, "memory limit of a script, MB")
+    disk_mb: int = opt(256, "limit of what a script writes, MB")
     unsafe: bool = opt(False, "run scripts without isolation where the system offers none")
 
 
@@ -172,7 +180,7 @@ PRESETS = {
     "tiny": {},
     # One node of 8 x 80 GB: 4 ranks learn with FSDP, 4 engines roll out.
     "small": dict(
-        model="Qwen/Qwen3-8B", competitions="data/mlebench/train", heldout="data/mlebench/heldout",
+        model="Qwen/Qwen3-8B", competitions="examples/mlebench_medium.txt", heldout="lite",
         steps=400, groups=16, responses=8, eval_drafts=0, rollout_threads=16, sandbox_slots=16,
         learning_rate=1e-6, warmup_steps=10, decay=False, max_grad_norm=1.0, entropy_coef=0.0,
         token_budget=32768,
@@ -182,8 +190,8 @@ PRESETS = {
         cpu_seconds=14400.0, memory_mb=32768),
     # The paper's scale: 4 nodes of 8 x 80 GB.
     "ace30b": dict(
-        model="Qwen/Qwen3-30B-A3B", competitions="data/mlebench/train",
-        heldout="data/mlebench/heldout", steps=400, groups=16, responses=8, eval_drafts=0,
+        model="Qwen/Qwen3-30B-A3B", competitions="examples/mlebench_medium.txt",
+        heldout="lite", steps=400, groups=16, responses=8, eval_drafts=0,
         learner_ranks=16, tensor_parallel=2, rollout_threads=16, sandbox_slots=16,
         learning_rate=1e-6, warmup_steps=10, decay=False, max_grad_norm=1.0, entropy_coef=0.0,
         token_budget=32768,
@@ -197,8 +205,8 @@ PRESETS = {
 def parse_config(argv: list[str] | None = None) -> tuple[Config, argparse.Namespace]:
     """Command line -> (Config, arguments that are not part of it: resume, dry_run).
 
-    A flag that is given wins over the resumed run's config.json or the preset, which win over the
-    field's default.
+    A flag that is given wins over the --config file, which wins over the resumed run's config.json
+    or the preset, which win over the field's default.
 
     >>> parse_config(["--preset", "tiny", "--steps", "3"])[0].steps
     3
@@ -209,6 +217,7 @@ def parse_config(argv: list[str] | None = None) -> tuple[Config, argparse.Namesp
     parser.add_argument("--resume", metavar="RUN_DIR", help="go on with this run, with its config")
     parser.add_argument("--dry-run", action="store_true",
                         help="print the plan (processes, memory) and stop")
+    parser.add_argument("--config", metavar="FILE", help="YAML file of these flags; examples/ has one")
     for f in dataclasses.fields(Config):
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
         # SUPPRESS: a flag that is not given does not appear, so that given ones can be told.
@@ -216,7 +225,14 @@ def parse_config(argv: list[str] | None = None) -> tuple[Config, argparse.Namesp
                             help=f"{f.metadata['help']} (default: {f.default!r})".replace("%", "%%"),
                             choices=f.metadata.get("choices"), **kind)
     arguments = parser.parse_args(argv)
-    given = {k: v for k, v in vars(arguments).items() if k not in ("resume", "dry_run")}
+    if arguments.config:
+        known = [f.name for f in dataclasses.fields(Config)]
+        try:
+            words = read_settings(arguments.config, known)
+        except ValueError as error:
+            raise UserError(str(error))
+        arguments = parser.parse_args(words + list(sys.argv[1:] if argv is None else argv))
+    given = {k: v for k, v in vars(arguments).items() if k not in ("resume", "dry_run", "config")}
     if arguments.resume:
         base = load_config(Path(arguments.resume))
     else:
@@ -258,7 +274,7 @@ def validate(config: Config, world_size: int) -> None:
         if not getattr(config, name) > 0:
             raise UserError(f"--{name.replace('_', '-')} must be greater than 0")
     for name in ("max_staleness", "eval_drafts", "kl_coef", "entropy_coef", "tis_cap", "max_depth",
-                 "watchdog"):
+                 "watchdog", "gap_penalty"):
         if not getattr(config, name) >= 0:
             raise UserError(f"--{name.replace('_', '-')} must not be negative")
     if config.responses < 2:
@@ -844,9 +860,7 @@ def rollout_main(config: Config, rank: int, address, key: bytes) -> None:
     doing = {"now": lambda: "starts its engine"}
     threading.Thread(target=answer_watchdog, name="watchdog", daemon=True,
                      args=(rank, connect(f"watchdog/{rank}"), doing)).start()
-    competitions = load_competitions(config.competitions)
-    if config.heldout:
-        competitions += load_competitions(config.heldout)
+    competitions = sum(load_splits(config), [])
     tokenizer = AutoTokenizer.from_pretrained(config.model)
     budget = PromptBudget(config.description_chars, config.preview_chars, config.output_chars)
     engine = Engine(config.model, EngineConfig(
@@ -856,6 +870,7 @@ def rollout_main(config: Config, rank: int, address, key: bytes) -> None:
         seed=config.seed + rank), scratch=scratch)
     sandbox = Sandbox(slots=config.sandbox_slots, timeout=config.timeout,
                       cpu_seconds=config.cpu_seconds, memory_mb=config.memory_mb,
+                      disk_mb=config.disk_mb, file_mb=config.disk_mb,
                       gpus=[config.sandbox_gpus] * config.sandbox_slots if config.sandbox_gpus
                       else None, unsafe=config.unsafe, scratch=str(scratch))
     if sandbox.problem:
@@ -885,7 +900,7 @@ def serve_rollouts(config: Config, rank: int, connect, engine, sandbox, prompter
     worker = RolloutWorker(
         connect("tasks"), connect("results"), engine, sandbox, prompter,
         RolloutConfig(config.max_response_tokens, config.temperature, config.reward,
-                      config.timeout),
+                      config.timeout, config.gap_penalty),
         threads=config.rollout_threads, slots=config.sandbox_slots, on_error=ended.put)
     doing["now"] = worker.describe
 
@@ -1233,11 +1248,13 @@ def checkpoint_step(folder: Path) -> int:
 
 
 def load_splits(config: Config) -> tuple[list, list]:
-    """Training and held-out competitions, which must not overlap."""
-    train = load_competitions(config.competitions)
-    heldout = load_competitions(config.heldout) if config.heldout else []
-    if both := {c.id for c in train} & {c.id for c in heldout}:
-        raise UserError(f"--heldout {config.heldout}: {min(both)} is a training competition too")
+    """Training and held-out competitions, which must not overlap unless that is wanted."""
+    train = load_competitions(config.competitions, config.data_dir or None)
+    heldout = load_competitions(config.heldout, config.data_dir or None) if config.heldout else []
+    both = {c.id for c in train} & {c.id for c in heldout}
+    if both and not config.allow_overlap:
+        raise UserError(f"--heldout {config.heldout}: {min(both)} is a training competition too; "
+                        "--allow-overlap lets it be both")
     return train, heldout
 
 
@@ -1392,8 +1409,9 @@ def train(config: Config, resume: bool) -> None:
             child.join()
 
 
-def prepare_run_dir(config: Config, resume: bool) -> None:
-    """Create the run directory, readable by its owner only, with config.json."""
+def prepare_run_dir(config: Config, resume: bool, splits: tuple[list, list]) -> None:
+    """Create the run directory, readable by its owner only, with config.json and splits.json, by
+    which an evaluation knows what its policy was trained on."""
     run_dir = Path(config.run_dir)
     if not resume and run_dir.exists() and any(run_dir.iterdir()):
         raise UserError(f"--run-dir {run_dir}: not empty; use --resume {run_dir} to go on with it, "
@@ -1402,6 +1420,8 @@ def prepare_run_dir(config: Config, resume: bool) -> None:
     run_dir.chmod(0o700)
     (run_dir / "launch").write_text(f"{start_of_run():.2f}")
     (run_dir / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
+    ids = {name: [c.id for c in own] for name, own in zip(("train", "heldout"), splits)}
+    (run_dir / "splits.json").write_text(json.dumps(ids, indent=1) + "\n")
 
 
 def print_plan(config: Config, splits: tuple[list, list]) -> None:
@@ -1454,7 +1474,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         resume = bool(arguments.resume) or restarted_by_torchrun(config)
         if rank == 0:
-            prepare_run_dir(config, resume)
+            prepare_run_dir(config, resume, splits)
             print(f"run directory: {config.run_dir}", flush=True)
         train(config, resume)
         if rank == 0:

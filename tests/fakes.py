@@ -23,7 +23,7 @@ from types import SimpleNamespace
 import numpy as np
 
 import train
-from rollout import Completion
+from rollout import Completion, PromptBudget
 from sandbox import Competition, Execution
 
 
@@ -47,10 +47,11 @@ class FakeTokenizer:
 class FakePrompter:
     tokenizer = FakeTokenizer()
 
-    def __init__(self, competition_ids):
+    def __init__(self, competition_ids, budget=PromptBudget()):
         self.competitions = {c: SimpleNamespace(id=c) for c in competition_ids}
+        self.budget = budget
 
-    def __call__(self, task):
+    def __call__(self, task, memory=""):
         return [ord(c) for c in task.id]
 
 
@@ -108,7 +109,8 @@ class FakeSandbox:
         if quality < 0:
             return Execution("error", exit_code=1, reason="ValueError: bad")
         return Execution("ok", exit_code=0, valid=True, score=quality, human_rank=quality,
-                         validation_score=quality, medal="bronze" if quality > 0.9 else "none")
+                         validation_score=quality, medal="bronze" if quality > 0.9 else "none",
+                         submission=code.encode())
 
     def close(self):
         pass

@@ -1,21 +1,36 @@
 """Prompts, code extraction, rollouts and the agent, with fakes: python -m pytest tests/test_rollout.py"""
 
 import doctest
+import gzip
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+import wave
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
+import tiny_policy
 from fakes import FakeEngine, FakePrompter, FakeSandbox
 
 import rollout
 import train
 from buffer import Task, Trace
-from rollout import (AgentConfig, AgentRun, PromptBudget, Request, RolloutConfig, choose_best,
-                     choose_task, clip_middle, extract_code, preview_data, report_totals,
-                     run_agent, task_messages, write_report)
+from rollout import (AgentConfig, AgentRun, PromptBudget, Prompter, Request, RolloutConfig,
+                     check_overlap, check_settings, choose_best, choose_task, clip_middle,
+                     cut_description, design_of, evaluate, extract_code, preview_data,
+                     read_settings, recall, report_totals, run_agent, task_messages, write_report)
+from sandbox import CompetitionError, Execution
 
 
 @pytest.mark.parametrize("module", [rollout, train])
@@ -92,6 +107,174 @@ def test_prompts_show_code_and_outcome_but_never_the_test_score(competition):
     assert "status: invalid" in text and "columns a,b" in text and "Fix" in text
 
 
+PINNED = """You are a machine learning engineer. Write one Python script that reads the data in input/, \
+holds out training rows, prints 'validation score: <float>' and writes submission.csv. Answer with \
+one ```python block.
+
+Predict the price.
+
+# Data
+train.csv: 5 rows
+- key int 0
+- size float 1.5, 20% missing
+- colour text a
+- price int 0
+test.csv: 3 rows
+"""
+
+
+def test_prompts_of_the_tiny_preset_stay_as_they_were_taught(competition):
+    """Byte for byte: a policy of two million parameters reads no other prompt."""
+    (competition.public_dir / "readme.bin").unlink()
+
+    def prompt(operator, parent=None):
+        task = Task("x", "toy", operator, parent=parent)
+        messages = task_messages(competition, task, tiny_policy.BUDGET)
+        assert [m["role"] for m in messages] == ["user"]
+        return messages[0]["content"]
+
+    assert prompt("draft") == PINNED + "\n# Task\nWrite a first script."
+    valid = Trace("p", "", "toy", "draft", code="print(1)\n", valid=True, validation_score=0.51234)
+    assert prompt("improve", valid) == PINNED + (
+        "\n# Script\n```python\nprint(1)\n```\n# Output\nvalidation score: 0.5123\n\n"
+        "# Task\nWrite a better script.")
+    failed = Trace("p", "", "toy", "draft", code="a", status="error", output="line 1: a\nNameError: a")
+    assert prompt("debug", failed) == PINNED + (
+        "\n# Script\n```python\na\n```\n# Output\nstatus: error\nline 1: a\nNameError: a\n\n"
+        "# Task\nFix the script.")
+
+
+@pytest.fixture
+def zoo(tmp_path):
+    """Public data of every kind that MLE-bench-Lite holds."""
+    from PIL import Image
+
+    def many(folder, names, write):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        for name in names:
+            (tmp_path / folder / name).parent.mkdir(parents=True, exist_ok=True)
+            write(tmp_path / folder / name)
+
+    def sound(path):
+        with wave.open(str(path), "wb") as file:
+            file.setnchannels(1), file.setsampwidth(2), file.setframerate(16000)
+            file.writeframes(bytes(2 * 32000))
+
+    many("train", [f"{i}.jpg" for i in range(30)], Image.new("RGB", (64, 48)).save)
+    many("scans", ["a.tif"], Image.new("L", (10, 20)).save)
+    many("geometry", [f"{i}/atoms.xyz" for i in range(9)], lambda p: p.write_text("#1 atom\n"))
+    many("wavs", [f"PC{i}.wav" for i in range(12)], sound)
+    table = "id,text\n1,hello\n2,\n"
+    with zipfile.ZipFile(tmp_path / "en_train.csv.zip", "w") as archive:
+        archive.writestr("en_train.csv", table.replace("text", "before"))
+    with zipfile.ZipFile(tmp_path / "test2.zip", "w") as archive:
+        archive.writestr("test2/", "")
+        archive.writestr("test2/a.aif", b"x"), archive.writestr("test2/b.aif", b"x")
+    with tarfile.open(tmp_path / "more.tar.gz", "w:gz") as archive:
+        archive.add(tmp_path / "scans/a.tif", "inner/a.tif")
+    (tmp_path / "extra.csv.gz").write_bytes(gzip.compress(b"zipped\n1\n"))
+    (tmp_path / "train.json").write_text(json.dumps([{"request_id": "t3", "votes": 4}] * 3))
+    (tmp_path / "notes.jsonl").write_text('{"line": 1}\n{"line": 2}\n')
+    (tmp_path / "labels.txt").write_text("rec_id,[labels]\n0,1,2\n")
+    (tmp_path / "broken.png").write_bytes(b"not an image")
+    (tmp_path / "train.csv").write_text(table)
+    (tmp_path / "description.md").write_text("in the prompt anyway")
+    return tmp_path
+
+
+def test_preview_shows_images_sounds_archives_and_records(zoo):
+    lines = preview_data(zoo, 5000).splitlines()
+    assert lines[:3] == ["train.csv: 2 rows", "- id int 1", "- text text hello, 50% missing"]
+    text = "\n".join(lines)
+    assert "description" not in text
+    for pattern in (r"train/\*\.jpg: 30 files, [\d.]+ KB, e\.g\. train/0\.jpg, 64x48 pixels, RGB",
+                    r"scans/a\.tif: \d+ bytes, 10x20 pixels, L",
+                    r"geometry/\*/\*\.xyz: 9 files, 72 bytes, e\.g\. geometry/\d/atoms\.xyz, begins '#1",
+                    r"wavs/\*\.wav: 12 files, \d+ KB, e\.g\. wavs/PC0\.wav, 2\.0 s of sound at 16000 Hz,"
+                    r" 1 channel",
+                    r"en_train\.csv\.zip: 2 rows\n- before text hello",
+                    r"test2\.zip: \d+ bytes, 2 files inside, e\.g\. test2/a\.aif",
+                    r"more\.tar\.gz: \d+ bytes, 1 files inside, e\.g\. inner/a\.tif",
+                    r"extra\.csv\.gz: 1 rows\n- zipped int 1",
+                    r"train\.json: 3 rows\n- request_id text t3\n- votes int 4",
+                    r"notes\.jsonl: 2 rows\n- line int 1",
+                    r"labels\.txt: 22 bytes, begins 'rec_id,\[labels\]'",
+                    r"broken\.png: 12 bytes, not readable here \(UnidentifiedImageError\)"):
+        assert re.search("^" + pattern, text, re.MULTILINE), (pattern, text)
+
+
+def test_preview_of_many_files_keeps_its_budget(zoo):
+    for i in range(40):
+        (zoo / f"folder{i % 4}.{i}").mkdir()
+        (zoo / f"note-{i}.txt").write_text("x" * 300)
+        (zoo / f"table-{i}.csv").write_text(",".join(f"c{i}_{j}" for j in range(50)) + "\n")
+    text = preview_data(zoo, 300)
+    assert len(text) < 2 * 300 + 100 and "more columns" in text and "more files" in text
+    assert text.startswith("train.csv: 2 rows\n- id int 1\n")
+
+
+DESCRIPTION = """# Overview
+## Description
+{story}
+## Prizes
+### First
+A car.
+## Evaluation
+The metric is AUC.
+```
+# id,y   (a comment, no heading)
+```
+### Submission File
+id,y
+## Timeline
+Long ago.
+# Data
+## Files
+train.csv
+## Citation
+Somebody.
+"""
+
+
+def test_a_long_description_is_cut_where_it_matters_least():
+    text = DESCRIPTION.format(story="It was a dark night. " * 10)
+    assert cut_description(text, len(text)) == text.strip()
+    shorter = cut_description(text, len(text) - 60)
+    assert ("It was a dark night. " * 10).strip() in shorter
+    for gone in ("Prizes", "First", "A car", "Timeline", "Long ago", "Citation", "Somebody"):
+        assert gone not in shorter
+    short = cut_description(text, 260)
+    assert len(short) <= 260 and " ... " in short  # of the story
+    needed = "## Evaluation\nThe metric is AUC.\n```\n# id,y   (a comment, no heading)\n```\n" \
+             "### Submission File\nid,y\n# Data\n## Files\ntrain.csv"
+    assert needed in short
+    assert len(cut_description("word " * 1000, 100)) <= 102  # no headings at all
+
+
+def test_design_is_the_plan_else_what_is_imported():
+    assert design_of("<think>no</think> Trees,\n then\nmore.\n```python\nx\n```") == "Trees, then more."
+    code = "```python\nimport os\nfrom a import B, C\nfrom d import E\n```"
+    assert design_of(code) == "uses B, C, E"
+    assert design_of("```python\n1\n```") == "not described"
+
+
+def test_memory_is_what_worked_with_design_result_and_validation_score(competition):
+    traces = [Trace(str(i), "", "toy", "draft", valid=i != 1, validation_score=i / 10, score=0.98765,
+                    human_rank=0.87654, medal="gold", output=f"fold\n{i}") for i in range(4)]
+    designs = ["forest", "broken", "ridge", "boosting"]
+    memory = recall(traces, designs, 1000)
+    assert memory.split("\n\n") == [
+        f"Design: {designs[i]}\nResult: fold {i}\nValidation score: {i / 10:g}" for i in (0, 2, 3)]
+    assert recall(traces, designs, 120).count("Design") == 2  # the latest
+    assert "ridge" in recall(traces, designs, 120)
+    budget = PromptBudget(memory=1000)
+    text = task_messages(competition, Task("x", "toy", "draft"), budget, memory=memory)[0]["content"]
+    assert "plan of 3 to 5 sentences" in text and "# Memory\nWhat has worked" in text
+    assert not any(secret in text for secret in ("0.98", "0.87", "gold"))
+    plain = task_messages(competition, Task("x", "toy", "draft"), PromptBudget())[0]["content"]
+    assert "plan of" not in plain and "# Memory" not in plain
+
+
 def roll(task, **config):
     with ThreadPoolExecutor(1) as pool:
         return rollout.rollout(Request(task, 6, handout_version=3), FakeEngine(), FakeSandbox(),
@@ -162,16 +345,23 @@ def test_agent_run_and_report(competition, tmp_path):
     agent = AgentConfig(steps=6, drafts=2)
     prompter = FakePrompter(["toy"])
     runs = [run_agent(competition, seed, FakeEngine(), FakeSandbox(), prompter, RolloutConfig(),
-                      agent) for seed in range(3)]
+                      agent, tmp_path / str(seed)) for seed in range(3)]
     for run in runs:
         assert len(run.traces) == 6
         if run.chosen is not None:
             best = min(t.validation_score for t in run.traces if t.valid)
             assert run.traces[run.chosen].validation_score == best
-    report = write_report(tmp_path / "out" / "report.json", runs, agent, "model")
+    report = write_report(tmp_path / "out" / "report.json", runs, agent, "model", seeds=3)
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
     lines = (tmp_path / "out" / "submissions.jsonl").read_text().splitlines()
     assert {json.loads(line)["competition_id"] for line in lines} == {"toy"}
+    for run, line in zip(runs, lines):
+        file = json.loads(line)["submission_path"]
+        code = run.traces[run.chosen].code if run.chosen is not None else None
+        assert (Path(file).read_text() if file else None) == code
+        assert len(list(run.folder.glob("*.csv"))) == bool(file)  # only the best is kept
+    assert report["seeds"] == 3 and report["hardware"]["cores"] >= 1
+    assert all(row["hours"] > 0 for row in report["runs"])
     values = [row["human_rank"] for row in report["runs"]]
     assert report["totals"]["human_rank"]["mean"] == pytest.approx(np.mean(values))
     assert report["totals"]["human_rank"]["sem"] == pytest.approx(
@@ -186,7 +376,282 @@ def test_never_valid_counts_as_all_steps(competition):
     assert totals["extra_steps_to_first_valid"] == {"mean": 2.0, "sem": None}
     run = AgentRun(competition, 0, [trace("a", True, 1.0)])
     run.traces[0].score = 0.5
-    run.chosen = 0
     totals = report_totals([run.row()], 2)
     assert totals["extra_steps_to_first_valid"]["mean"] == 0
     assert totals["above_median_rate"]["mean"] == 1
+
+
+class Notebook(FakePrompter):
+    """Remembers what it was asked for."""
+
+    def __init__(self):
+        super().__init__(["toy"], PromptBudget(memory=500))
+        self.asked = []
+
+    def __call__(self, task, memory=""):
+        self.asked.append((task.operator, memory))
+        return super().__call__(task, memory)
+
+
+def test_drafts_and_improvements_see_the_memory_and_repairs_do_not(competition, tmp_path):
+    prompter = Notebook()
+    agent = AgentConfig(steps=12, drafts=3, debug_probability=0.5)
+    run = run_agent(competition, 5, FakeEngine(), FakeSandbox(), prompter, RolloutConfig(), agent,
+                    tmp_path)
+    assert {operator for operator, _ in prompter.asked} == {"draft", "debug", "improve"}
+    for step, (operator, memory) in enumerate(prompter.asked):
+        worked = [t for t in run.traces[:step] if t.valid]
+        assert memory.count("Design") == (0 if operator == "debug" else len(worked))
+        assert bool(memory) == (operator != "debug" and bool(worked))
+
+
+def test_a_prompt_that_is_too_long_loses_its_memory_first(competition, tmp_path):
+    class Long(Notebook):
+        def __call__(self, task, memory=""):
+            self.asked.append((task.operator, memory))
+            return [65] * (9_900 if memory else 100)
+
+    prompter = Long()
+    engine = FakeEngine()
+    engine.generate = lambda ids, *rest: FakeEngine.generate(engine, [ord("a")] * 3, *rest)
+    run = run_agent(competition, 0, engine, FakeSandbox(), prompter,
+                    RolloutConfig(max_response_tokens=1000), AgentConfig(steps=6), tmp_path)
+    tried = [i for i, (_, memory) in enumerate(prompter.asked) if memory]
+    assert tried and all(prompter.asked[i + 1] == (prompter.asked[i][0], "") for i in tried)
+    assert len(run.traces) == 6
+    with pytest.raises(CompetitionError, match="toy: a prompt of 100 tokens.*--max-model-len"):
+        run_agent(competition, 1, engine, FakeSandbox(), prompter,
+                  RolloutConfig(max_response_tokens=9_950), AgentConfig(steps=6), tmp_path / "1")
+
+
+def test_a_run_ends_when_its_hours_are_over(competition, tmp_path):
+    agent = AgentConfig(steps=50, hours=0.3 / 3600)
+    limits = []
+
+    class Slow(FakeSandbox):
+        def run(self, competition, code, timeout=None):
+            limits.append(timeout)
+            time.sleep(0.1)
+            return super().run(competition, code, timeout)
+
+    run = run_agent(competition, 0, FakeEngine(), Slow(), FakePrompter(["toy"]), RolloutConfig(),
+                    agent, tmp_path)
+    assert len(run.traces) < 10 and run.hours >= agent.hours
+    assert limits[0] <= 0.3 and limits == sorted(limits, reverse=True)  # a script may not outlive it
+    again = run_agent(competition, 0, None, None, FakePrompter(["toy"]), RolloutConfig(), agent,
+                      tmp_path)  # over: nothing more is asked for
+    assert again.row() == run.row()
+
+
+def test_scripts_that_are_refused_end_the_evaluation(competition, tmp_path):
+    class Refusing:
+        def run(self, competition, code, timeout=None):
+            return Execution("refused", reason="the answers of 'toy' lie in /usr/lib")
+
+    with pytest.raises(CompetitionError, match="toy: the answers of"):
+        evaluate([competition], range(2), FakeEngine(), Refusing(), FakePrompter(["toy"]),
+                 RolloutConfig(), AgentConfig(), 2, tmp_path)
+
+
+EVALUATION = """
+import sys
+sys.path[:0] = {path!r}
+from pathlib import Path
+from types import SimpleNamespace
+from fakes import FakeEngine, FakePrompter, FakeSandbox
+from rollout import AgentConfig, RolloutConfig, evaluate, write_report
+names = ["ash", "beech", "cedar"]
+competitions = [SimpleNamespace(id=n, median=0.3, lower_is_better=n == "beech") for n in names]
+agent = AgentConfig(steps=12)
+out = Path({out!r})
+runs = evaluate(competitions, range(3), FakeEngine({delay}), FakeSandbox(), FakePrompter(names),
+                RolloutConfig(), agent, 4, out / "runs")
+write_report(out / "report.json", runs, agent, "fake", seeds=3)
+"""
+
+
+def finished(out: Path) -> int:
+    return sum(p.read_bytes().count(b"\n") for p in out.glob("runs/*/steps.jsonl"))
+
+
+def outcome(out: Path) -> tuple:
+    """What must not depend on interruptions: the report but for the clock, and the submissions."""
+    report = json.loads((out / "report.json").read_text())
+    for row in report["runs"]:
+        assert row.pop("hours") > 0
+    del report["totals"]["hours_per_competition"]
+    lines = map(json.loads, (out / "submissions.jsonl").read_text().splitlines())
+    files = [(line["competition_id"], line["submission_path"] and
+              Path(line["submission_path"]).read_text()) for line in lines]
+    return report, files
+
+
+def test_an_evaluation_that_is_killed_goes_on_and_gives_the_same_report(tmp_path):
+    def start(out, delay):
+        folders = [str(Path(rollout.__file__).parent), str(Path(__file__).parent)]
+        code = EVALUATION.format(path=folders, out=str(out), delay=delay)
+        return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert start(whole, 1e-9).wait(600) == 0
+    for mark in (20, 60):  # killed twice, in the middle of steps
+        process = start(cut, 0.2)
+        while finished(cut) < mark and process.poll() is None:
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        assert mark <= finished(cut) < 108 and not (cut / "report.json").exists()
+    # A kill may also cut a line, or come between a submission's file and its line.
+    log = next(cut.glob("runs/*/steps.jsonl"))
+    log.write_bytes(log.read_bytes()[:-7])
+    (log.parent / "step_11.csv").write_text("half a fi")
+    before = {p: p.read_text().splitlines()[:-1] for p in cut.glob("runs/*/steps.jsonl")}
+    assert start(cut, 1e-9).wait(600) == 0
+    assert outcome(cut) == outcome(whole)
+    for path, lines in before.items():  # what was done was not done again
+        assert path.read_text().splitlines()[:len(lines)] == lines
+
+
+def test_a_record_is_not_mixed_with_other_settings(tmp_path):
+    check_settings(tmp_path / "runs", {"steps": 20, "weights": [("a", 1, 2)]})
+    check_settings(tmp_path / "runs", {"steps": 20, "weights": [("a", 1, 2)]})
+    with pytest.raises(CompetitionError, match="with steps 20, not 30: give another --out"):
+        check_settings(tmp_path / "runs", {"steps": 30, "weights": [("a", 1, 2)]})
+
+
+def test_standard_error_over_seeds_has_ddof_1():
+    def row(seed, medal):
+        return {"seed": seed, "valid": True, "medal": medal, "above_median": False, "human_rank": 0.5,
+                "first_draft_valid": True, "steps_to_first_valid": 1, "hours": seed,
+                "hours_per_execution": 0.5}
+
+    rows = [row(0, "gold"), row(0, "none"), row(1, "none"), row(1, "none"), row(2, "gold"),
+            row(2, "bronze")]  # 1/2, 0, 1 of the competitions have a medal
+    totals = report_totals(rows, 5)
+    assert totals["any_medal_rate"]["mean"] == pytest.approx(0.5)
+    assert totals["any_medal_rate"]["sem"] == pytest.approx(0.5 / 3 ** 0.5)
+    assert totals["hours_per_competition"]["mean"] == pytest.approx(1.0)
+    assert totals["valid_rate"] == {"mean": 1.0, "sem": 0.0}
+
+
+def test_the_penalty_for_a_printed_score_unlike_the_test_score():
+    competition = SimpleNamespace(id="toy", human_rank=lambda score: min(max(score, 0.0), 1.0))
+
+    def reward(penalty, printed, rank=0.6, valid=True):
+        run = Execution("ok" if valid else "invalid", valid=valid, human_rank=rank,
+                        validation_score=printed)
+        sandbox = SimpleNamespace(run=lambda *_, **__: run)
+        trace = Trace("a", "", "toy", "draft", code="x")
+        config = RolloutConfig(gap_penalty=penalty)
+        return rollout.execute(trace, Task.root("toy"), competition, sandbox, config).reward
+
+    assert reward(0.0, 1.0) == reward(0.5, 0.6) == pytest.approx(0.64)
+    assert reward(0.5, 0.8) == reward(0.5, 0.4) == pytest.approx(0.64 - 0.1)
+    assert reward(0.5, 99.0) == pytest.approx(0.64 - 0.2)
+    assert reward(0.5, None) == pytest.approx(0.14)  # silence is no way out
+    assert reward(9.0, None) == pytest.approx(0.1)  # and still better than an invalid file
+    assert reward(9.0, 1.0, valid=False) == 0.05
+
+
+# -- flags
+
+
+def test_settings_of_a_yaml_file_and_its_mistakes(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("learning_rate: 1e-6\nrun-dir: x y\nbuffer: false\nsteps: 3\n")
+    known = ["learning_rate", "run_dir", "buffer", "steps"]
+    words = ["--learning-rate=1e-6", "--run-dir=x y", "--no-buffer", "--steps=3"]
+    assert read_settings(path, known) == words
+    for text, message in (("stepz: 3\n", "no flag --stepz"), ("steps: [1]\n", "steps must be one"),
+                          ("- a\n", "mapping"), ("a: [\n", "c.yaml"), ("steps:\n", "one value")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message) as error:
+            read_settings(path, known)
+        assert "\n" not in str(error.value) and "c.yaml" in str(error.value)
+    with pytest.raises(ValueError, match="nowhere.yaml"):
+        read_settings(tmp_path / "nowhere.yaml", known)
+
+
+def test_flags_win_over_the_file(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("steps: 7\nseeds: 5\ncompetitions: lite\n")
+    args = rollout.parse_arguments(["--model", "m", "--seeds", "4", "--config", str(path)])
+    assert (args.steps, args.seeds, args.competitions, args.drafts) == (7, 4, "lite", 3)
+
+
+def test_competitions_of_the_training_run_are_refused(tmp_path, competition):
+    (tmp_path / "run/policy").mkdir(parents=True)
+    check_overlap(tmp_path / "run/policy", [competition])  # nothing is known
+    (tmp_path / "run/splits.json").write_text(json.dumps({"train": ["other"], "heldout": ["toy"]}))
+    check_overlap(tmp_path / "run/policy", [competition])
+    (tmp_path / "run/splits.json").write_text(json.dumps({"train": ["toy"], "heldout": []}))
+    with pytest.raises(CompetitionError, match="toy was a training competition.*--allow-overlap"):
+        check_overlap(tmp_path / "run/policy", [competition])
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--steps", "0"], "--steps must be at least 1"),
+    (["--config", "/nowhere.yaml"], "--config /nowhere.yaml"),
+    ([], "--model m: no config.json there"),
+])
+def test_mistakes_are_one_line_and_status_2(arguments, message, capsys):
+    assert rollout.main(["--model", "m", "--competitions", "lite", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_each_slot_has_a_gpu_of_its_own_and_no_isolation_is_status_3(tmp_path, monkeypatch, capsys):
+    given = {}
+
+    class Stopped:
+        problem = "no Landlock"
+
+        def __init__(self, **options):
+            given.update(options)
+
+        __enter__ = lambda self: self
+        __exit__ = lambda self, *_: None
+
+    monkeypatch.setattr(rollout, "Sandbox", Stopped)
+    monkeypatch.setattr(rollout, "load_competitions", lambda *_: [])
+    (tmp_path / "config.json").touch()
+    arguments = ["--model", str(tmp_path), "--competitions", "lite", "--slots", "3",
+                 "--sandbox-gpus", "4,5", "--out", str(tmp_path / "report.json")]
+    assert rollout.main(arguments) == 3
+    assert given["gpus"] == ["4", "5", "4"] and given["slots"] == 3
+    assert "no Landlock" in capsys.readouterr().err
+    assert rollout.main([*arguments, "--steps", "7"]) == 2  # the record is one of 20 steps
+    assert "steps 20, not 7" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file, known", [
+    ("ace30b_lite.yaml", {f for f in train.Config.__dataclass_fields__}),
+    ("lite_evaluation.yaml", set(vars(rollout.make_parser().parse_args(
+        ["--model=", "--competitions="])))),
+])
+def test_every_value_of_the_papers_setting_says_whose_it_is(file, known):
+    import yaml
+
+    path = Path(rollout.__file__).parent / "examples" / file
+    values = yaml.safe_load(path.read_text())
+    lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
+    assert len(lines) == len(values)
+    for line in lines:
+        assert re.search(r"# \[(paper|ours)\]", line), line
+    # What the command line or the machine decides stays out; nothing else does.
+    left_out = {"run_dir", "learner_threads", "engine_threads", "config", "model", "data_dir",
+                "allow_overlap", "unsafe", "cpu_seconds"}
+    assert known - left_out <= set(values) <= known
+
+
+def test_the_papers_setting_is_what_the_paper_says():
+    path = str(Path(rollout.__file__).parent / "examples/ace30b_lite.yaml")
+    config = train.parse_config(["--config", path, "--seed", "3"])[0]
+    train.validate(config, 32)
+    assert (config.model, config.steps, config.heldout) == ("Qwen/Qwen3-30B-A3B", 400, "lite")
+    assert (config.preset, config.seed, config.learning_rate) == ("ace30b", 3, 1e-6)
+    listed = (Path(path).parent / "mlebench_medium.txt").read_text().splitlines()
+    ids = {line for line in listed if not line.startswith("#")}
+    from sandbox import LITE
+
+    assert len(ids) == 36 and not ids & set(LITE)

@@ -289,7 +289,7 @@ def test_code_key_survives_hostile_text(code):
 # ------------------------------------------------------------------------------------------------
 # Reading submissions
 
-SAMPLE = Sample(("id", "y"), ("y",), 10, 5_000_000)
+SAMPLE = Sample(("id", "y"), 10, 5_000_000)
 
 
 @st.composite
@@ -339,9 +339,7 @@ def test_fuzz_the_reader(data):
     except SubmissionError as error:
         assert "\n" not in str(error) and len(str(error)) < 500
         return
-    assert len(set(frame.columns)) == len(frame.columns) and 0 < len(frame) <= 36
-    if "y" in frame.columns:
-        assert np.isfinite(frame["y"].astype(float)).all()
+    assert len(set(frame.columns)) == len(frame.columns) <= 20 and len(frame) <= 36
 
 
 HEAVY = {  # about 5 MB each
@@ -371,8 +369,7 @@ HEAVY = {  # about 5 MB each
 @pytest.mark.parametrize("name", HEAVY)
 def test_heavy_submissions_are_cheap(name):
     """The memory bound always; the time bound at length (`FUZZ`), with the machine to itself."""
-    rows = 270_000 if "legitimate" in name else 1000
-    sample = Sample(("id", "y"), () if name.endswith("text") else ("y",), rows, 6_000_000)
+    sample = Sample(("id", "y"), 270_000 if "legitimate" in name else 1000, 6_000_000)
     seconds = []
     for measure_memory in (*[False] * (3 if "FUZZ" in os.environ else 0), True):
         if measure_memory:
@@ -380,7 +377,7 @@ def test_heavy_submissions_are_cheap(name):
         start = time.process_time()
         try:
             frame = read_submission(HEAVY[name], sample)
-            assert name.startswith("legitimate") and len(frame) >= 260_000
+            assert len(frame) >= 260_000 if name.startswith("legitimate") else len(frame) <= 1
         except SubmissionError:
             assert not name.startswith("legitimate")
         seconds.append(time.process_time() - start)
@@ -403,10 +400,13 @@ def test_a_submission_in_every_accepted_form():
         assert list(frame["y"]) == [1, 2] and list(frame["id"]) == ["a", "b"]
 
 
-def test_the_sample_says_what_must_be_numeric(tmp_path):
+def test_the_sample_bounds_the_size(tmp_path):
     path = tmp_path / "s.csv"
-    path.write_text("id,a,b,c\n1,0,x,\n2,1.5,y,3\n")
-    assert Sample.read(path).numeric == ("id", "a")
+    path.write_text("id,a\nx,0\ny,1.5\n")
+    sample = Sample.read(path)
+    assert (sample.columns, sample.rows) == (("id", "a"), 2) and 4096 < sample.max_bytes < 5000
+    path.write_text("id,mask\nx,\ny,1 1\n")  # encoded masks are far longer than the sample's
+    assert Sample.read(path).max_bytes == 64 << 20
     with pytest.raises(CompetitionError, match="no rows"):
         path.write_text("id,a\n")
         Sample.read(path)

@@ -527,9 +527,10 @@ for name, body, reason in (
     ("not UTF-8", "b'id,y\\nr0,\\xff\\n'", "UTF-8"),
     ("UTF-16", "'id,y\\nr0,1\\n'.encode('utf-16')", ""),
     ("million columns", "b'x,' * 2000", "columns"),
-    ("duplicate columns", "b'id,y,y\\n' + b'r0,1,1\\n'", "same name"),
-    ("ragged rows", "b'id,y\\nr0,1,2\\n'", "fields"),
-    ("bare carriage returns", "b'id,y\\rr0,1\\r'", "carriage return"),
+    ("million fields", "b'id,y\\n' + b'x,' * 2000", "fields in row 1"),
+    ("duplicate columns", "b'id,y,y\\n' + b'r0,1,1\\n'", "columns must be"),
+    ("ragged rows", "b'id,y\\nr0,1\\nr1,1,2\\n'", "CSV"),
+    ("bare carriage returns", "b'id,y\\rr0,1\\r'", "ids must be"),
     ("header only", "b'id,y\\n'", "no rows"),
     ("too many rows", "b'id,y\\n' + b'1,1\\n' * 100", "rows"),
 ):
@@ -1193,11 +1194,15 @@ def make_competition(folder: Path, rows: int = 20) -> Competition:
     )
     (home / "description.md").write_text("Predict y.")
     (home / "grade.py").write_text(
+        "import numpy as np\nimport pandas as pd\n"
         "def grade(submission, answers):\n"
         "    if list(submission.columns) != ['id', 'y']:\n"
         "        raise ValueError('the columns must be id,y')\n"
         "    if sorted(submission.id.astype(str)) != sorted(answers.id):\n"
         "        raise ValueError('the ids must be those of the sample submission')\n"
+        "    submission['y'] = pd.to_numeric(submission.y, errors='coerce')\n"
+        "    if not np.isfinite(submission.y).all():\n"
+        "        raise ValueError('y must hold finite numbers')\n"
         "    both = submission.merge(answers, on='id')\n"
         "    return float((both.y_x == both.y_y).mean())\n"
     )

@@ -238,6 +238,44 @@ def test_flags_win_over_presets_and_presets_over_defaults():
     assert not parse_config(["--preset", "tiny", "--no-buffer"])[0].buffer
 
 
+def test_a_config_file_comes_between_flags_and_presets(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("preset: small\nresponses: 6\nlearning_rate: 1e-5\nbuffer: false\n")
+    config = parse_config(["--config", str(path), "--responses", "5"])[0]
+    assert (config.preset, config.responses, config.learning_rate, config.buffer, config.groups) == (
+        "small", 5, 1e-5, False, 16)
+    path.write_text("stepz: 5\n")
+    with pytest.raises(UserError, match="c.yaml: there is no flag --stepz"):
+        parse_config(["--config", str(path)])
+
+
+def named(monkeypatch, **ids):
+    """load_competitions that knows these names and notes where it is told to look for data."""
+    seen = []
+    monkeypatch.setattr(train, "load_competitions", lambda where, data: seen.append(data) or
+                        [SimpleNamespace(id=i) for i in ids[where].split()])
+    return seen
+
+
+def test_training_and_evaluation_sets_are_disjoint_unless_wanted(monkeypatch):
+    seen = named(monkeypatch, lite="elm fir", ids="fir gum")
+    config = make_config(competitions="ids", heldout="lite", data_dir="/data")
+    with pytest.raises(UserError, match="--heldout lite: fir is a training.*--allow-overlap"):
+        train.load_splits(config)
+    train_set, heldout = train.load_splits(dataclasses.replace(config, allow_overlap=True))
+    assert [c.id for c in train_set + heldout] == ["fir", "gum", "elm", "fir"]
+    assert set(seen) == {"/data"}
+    assert train.load_splits(dataclasses.replace(config, heldout=""))[1] == []
+
+
+def test_a_run_directory_says_what_it_was_trained_on(tmp_path):
+    splits = [SimpleNamespace(id="elm")], [SimpleNamespace(id="fir")]
+    train.prepare_run_dir(make_config(run_dir=str(tmp_path / "run")), False, splits)
+    assert json.loads((tmp_path / "run/splits.json").read_text()) == {"train": ["elm"],
+                                                                    "heldout": ["fir"]}
+    assert (tmp_path / "run").stat().st_mode & 0o077 == 0
+
+
 def test_every_field_is_documented_in_help(capsys):
     with pytest.raises(SystemExit) as end:
         parse_config(["--help"])
