@@ -3,7 +3,7 @@
 A rollout is the slow half of AceGRPO: build the prompt of a task, sample G responses, execute
 the G scripts, grade what they submit. A file in the order in which a trace lives:
 
-1. prompts          `build_prompt(task)`: draft, improve or debug as chat messages -> token ids
+1. prompts          `task_messages(task)`: draft, improve, debug or crossover as chat messages
 2. code extraction  `extract_code(response)`: the Python block of a response, or why there is none
 3. engine           `Engine`: vLLM's AsyncLLM on an event loop in a thread of its own
 4. rollout          `rollout(request)`: one group, start to end; `RolloutWorker`: the threads
@@ -59,6 +59,7 @@ ASK = {
     "draft": "Write a first script.",
     "improve": "Write a better script.",
     "debug": "Fix the script.",
+    "crossover": "Write a script that combines the best of both.",
 }
 
 
@@ -173,7 +174,7 @@ def task_messages(competition: Competition, task: Task, budget: PromptBudget,
 
     Args:
         competition: the task's competition.
-        task: what to do; `improve` and `debug` show the parent's script and its outcome.
+        task: what to do; the scripts of its parents and their outcomes are shown.
         budget: how long each part may be.
         preview: the data preview when the caller has it already (it costs file reads).
     """
@@ -184,9 +185,9 @@ def task_messages(competition: Competition, task: Task, budget: PromptBudget,
         clip_middle(competition.description, budget.description),
         "# Data\n" + preview.strip(),
     ]
-    if task.parent is not None:
-        outcome = clip_middle(describe_outcome(task.parent), budget.output)
-        parts.append(f"# Script\n```python\n{task.parent.code.strip()}\n```\n# Output\n{outcome}")
+    for title, parent in zip(("Script", "Second script"), task.parents):
+        outcome = clip_middle(describe_outcome(parent), budget.output)
+        parts.append(f"# {title}\n```python\n{parent.code.strip()}\n```\n# Output\n{outcome}")
     parts.append("# Task\n" + ASK[task.operator])
     return [{"role": "user", "content": "\n\n".join(parts)}]
 
@@ -467,11 +468,10 @@ def execute(trace: Trace, task: Task, competition: Competition, sandbox: Sandbox
     run = sandbox.run(competition, trace.code, timeout=config.timeout)
     describe_run(trace, run)
     trace.base_reward = base_reward(run, config.reward)
-    parent = task.parent
     trace.reward = step_reward(
         trace.base_reward, task.operator,
-        parent_base=parent.base_reward if parent else None,
-        unchanged=parent is not None and trace.code_key == parent.code_key,
+        parent_base=task.parent.base_reward if task.parent else None,
+        unchanged=trace.code_key in [parent.code_key for parent in task.parents],
     )
     return trace
 

@@ -47,7 +47,7 @@ from pathlib import Path
 
 import numpy as np
 
-from buffer import EvolvingBuffer, Group, Task
+from buffer import OPERATORS, EvolvingBuffer, Group, Task
 from rollout import (Engine, EngineConfig, PromptBudget, Prompter, Request, Result, RolloutConfig,
                      RolloutWorker)
 from sampler import AdaptiveSampler
@@ -125,6 +125,7 @@ class Config:
     sampler: str = opt("lp", "task score: Learnability Potential or an alternative",
                        choices=["lp", "variance", "regret", "uniform"])
     buffer: bool = opt(True, "evolving buffer; --no-buffer trains on drafts only")
+    crossover: bool = opt(False, "a fourth operator: combine two valid scripts (not in the paper)")
     capacity: int = opt(4096, "tasks that the buffer holds")
     max_depth: int = opt(4, "longest chain of improve and debug steps")
     children: int = opt(3, "new tasks admitted per group")
@@ -547,13 +548,13 @@ def batch_metrics(results: list[Result], version: int) -> dict:
         "staleness_mean": np.mean(staleness),
         "staleness_max": max(staleness),
         "unique_scripts": len({t.code_key for t in traces if t.code}),
-        "unchanged_rate": np.mean([g.task.parent is not None and t.code_key == g.task.parent.code_key
+        "unchanged_rate": np.mean([t.code_key in [p.code_key for p in g.task.parents]
                                    for g in groups for t in g.traces]),
         "response_tokens": np.mean([len(t.response_ids) for t in traces]),
         "seconds_rollout": np.mean([r.seconds_rollout for r in results]),
         "seconds_sandbox": np.mean([r.seconds_sandbox for r in results]),
     }
-    for operator in ("draft", "improve", "debug"):
+    for operator in OPERATORS:
         own = [t for t in traces if t.operator == operator]
         metrics[f"groups_{operator}"] = sum(g.task.operator == operator for g in groups)
         metrics[f"reward_{operator}"] = np.mean([t.reward for t in own]) if own else None
@@ -817,7 +818,8 @@ class Run:
         self.splits = {"train": [c.id for c in train], "heldout": [c.id for c in heldout]}
         buffer = EvolvingBuffer(self.splits["train"], capacity=config.capacity,
                                 max_depth=config.max_depth, children_per_group=config.children,
-                                enabled=config.buffer, log_path=self.dir / "groups.jsonl")
+                                enabled=config.buffer, crossover=config.crossover,
+                                log_path=self.dir / "groups.jsonl")
         sampler = AdaptiveSampler(config.sampler, tau=config.tau, epsilon=config.epsilon,
                                   seed=config.seed)
         for task in buffer.roots():
