@@ -7,7 +7,7 @@ the G scripts, grade what they submit. A file in the order in which a trace live
 2. code extraction  `extract_code(response)`: the Python block of a response, or why there is none
 3. engine           `Engine`: vLLM's AsyncLLM on an event loop in a thread of its own
 4. rollout          `rollout(request)`: one group, start to end; `RolloutWorker`: the threads
-5. agent            `run_agent(...)`: a greedy tree search over the same three operators
+5. agent            `run_agent(...)`: a greedy tree search over the same operators
 
 What is whose:
 [paper] steps (draft, improve, debug) rather than whole trajectories; rollouts run asynchronously
@@ -553,6 +553,7 @@ class AgentConfig:
     drafts: int = 3  # drafts before anything else
     debug_probability: float = 0.5  # of mending a failure rather than improving the best
     debug_depth: int = 3  # longest chain of debug steps
+    crossover_probability: float = 0.0  # of combining the two best rather than improving the best
 
 
 @dataclass
@@ -594,10 +595,10 @@ def choose_task(competition: Competition, traces: list[Trace], config: AgentConf
                 rng: random.Random) -> Task:
     """The next step of the search, from what the agent may know: outcomes and the validation
     scores that the scripts printed, never test scores."""
-    def task(operator, parent=None):
+    def task(operator, parent=None, second=None):
         parent_id = parent.id if parent else ""
         return Task(f"{competition.id}/{operator}/{parent_id}", competition.id, operator,
-                    depth=parent.depth + 1 if parent else 0, parent=parent)
+                    depth=parent.depth + 1 if parent else 0, parent=parent, second=second)
 
     if sum(t.operator == "draft" for t in traces) < config.drafts:
         return task("draft")
@@ -608,6 +609,10 @@ def choose_task(competition: Competition, traces: list[Trace], config: AgentConf
         return task("debug", rng.choice(failures))
     best = choose_best(competition, traces)
     if best is not None:
+        others = [t for t in traces if t.code_key != traces[best].code_key]
+        second = choose_best(competition, others) if config.crossover_probability else None
+        if second is not None and rng.random() < config.crossover_probability:
+            return task("crossover", traces[best], others[second])
         return task("improve", traces[best])
     return task("debug", rng.choice(failures)) if failures else task("draft")
 
@@ -739,6 +744,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--drafts", type=int, default=3, help="drafts before anything else")
     parser.add_argument("--debug-probability", type=float, default=0.5,
                         help="probability of mending a failure rather than improving the best")
+    parser.add_argument("--crossover-probability", type=float, default=0.0,
+                        help="probability of combining the two best rather than improving the best")
     parser.add_argument("--parallel", type=int, default=32, help="agents at a time")
     parser.add_argument("--slots", type=int, default=2, help="scripts that run at the same time")
     parser.add_argument("--timeout", type=float, default=10.0, help="seconds for one script")
@@ -764,7 +771,8 @@ def main(argv: list[str] | None = None) -> int:
 
     prompter = Prompter(AutoTokenizer.from_pretrained(args.model), competitions, PromptBudget(
         args.description_chars, args.preview_chars, args.output_chars))
-    agent = AgentConfig(args.steps, args.drafts, args.debug_probability)
+    agent = AgentConfig(args.steps, args.drafts, args.debug_probability,
+                        crossover_probability=args.crossover_probability)
     config = RolloutConfig(args.max_response_tokens, args.temperature, timeout=args.timeout)
     engine = Engine(args.model, EngineConfig(max_model_len=args.max_model_len))
     try:

@@ -1390,6 +1390,8 @@ class Sandbox:
     unsafe        is set: then they run with what there is, and Execution.isolation says so
     seed          with the code, the seed of a run's random generators
     scratch       where work directories are made (default: the temporary directory)
+    delay         mean seconds of an exponential sleep before each run, in its slot: scripts that
+                  take long without using this machine, to measure asynchrony with
     """
 
     def __init__(
@@ -1397,7 +1399,7 @@ class Sandbox:
         memory_mb: int = 2048, file_mb: int = 64, disk_mb: int = 256, output_kb: int = 64,
         threads: int = 1, cpus: list[list[int]] | None = None, gpus: list[str] | None = None,
         preload: tuple[str, ...] = PRELOAD, layers: tuple[str, ...] = ("landlock", "seccomp"),
-        unsafe: bool = False, seed: int = 0, scratch: str | None = None,
+        unsafe: bool = False, seed: int = 0, scratch: str | None = None, delay: float = 0.0,
     ):  # fmt: skip
         positive = {"slots": slots, "timeout": timeout, "memory_mb": memory_mb, "threads": threads}
         for name, value in (positive | {"cpu_seconds": cpu_seconds or 1}).items():
@@ -1408,6 +1410,7 @@ class Sandbox:
                 raise ValueError(f"{name} must have one entry for each of the {slots} slots")
         self.slots, self.timeout, self.cpu_seconds = slots, timeout, cpu_seconds
         self.threads, self.cpus, self.gpus, self.seed = threads, cpus, gpus, seed
+        self.delay, self._delays = delay, random.Random(seed)
         self._limits = {
             "memory_mb": memory_mb, "file_mb": file_mb, "disk_mb": disk_mb, "output_kb": output_kb,
             "max_threads": 64 + 8 * threads,
@@ -1472,6 +1475,8 @@ class Sandbox:
             return Execution("error", reason=problem, isolation=self.isolation)
         slot, stuck = self._free.get(), False
         try:
+            if self.delay:
+                time.sleep(self._delays.expovariate(1 / self.delay))
             facts, blobs = self._execute(slot, competition, code, timeout or self.timeout)
             stuck = facts.get("stuck", False)
         finally:

@@ -154,6 +154,8 @@ class Config:
     timeout: float = opt(10.0, "wall-clock limit of a script, seconds")
     cpu_seconds: float = opt(3.0, "CPU limit of a script, seconds")
     memory_mb: int = opt(2048, "memory limit of a script, MB")
+    sandbox_delay: float = opt(0.0, "sleep this long on average (exponential) before each script, in "
+                                    "its slot, seconds; to measure asynchrony with slow scripts")
     unsafe: bool = opt(False, "run scripts without isolation where the system offers none")
 
 
@@ -244,7 +246,8 @@ def validate(config: Config, world_size: int) -> None:
     for name in ("learning_rate", "temperature", "tau", "timeout", "cpu_seconds", "max_grad_norm"):
         if not getattr(config, name) > 0:
             raise UserError(f"--{name.replace('_', '-')} must be greater than 0")
-    for name in ("max_staleness", "eval_drafts", "kl_coef", "entropy_coef", "tis_cap", "max_depth"):
+    for name in ("max_staleness", "eval_drafts", "kl_coef", "entropy_coef", "tis_cap", "max_depth",
+                 "sandbox_delay"):
         if not getattr(config, name) >= 0:
             raise UserError(f"--{name.replace('_', '-')} must not be negative")
     if config.responses < 2:
@@ -741,7 +744,8 @@ def rollout_main(config: Config, rank: int, address, key: bytes) -> None:
     sandbox = Sandbox(slots=config.sandbox_slots, timeout=config.timeout,
                       cpu_seconds=config.cpu_seconds, memory_mb=config.memory_mb,
                       gpus=[config.sandbox_gpus] * config.sandbox_slots if config.sandbox_gpus
-                      else None, unsafe=config.unsafe, scratch=str(scratch))
+                      else None, unsafe=config.unsafe, scratch=str(scratch),
+                      delay=config.sandbox_delay)
     if sandbox.problem:
         print(f"rollout rank {rank}: scripts cannot be isolated here: {sandbox.problem}; --unsafe "
               "runs them without isolation", file=sys.stderr)

@@ -719,6 +719,28 @@ def test_options(competition):
         )
 
 
+def test_scikit_learn_does_not_search_for_plugins_in_every_script(shared):
+    """The fork server has done it: a fit on a data frame reads no package's metadata."""
+    run = shared(GOOD + (
+        "import sys\nimport pandas as pd\nfrom sklearn.tree import DecisionTreeClassifier\n"
+        "opened = []\n"
+        "sys.addaudithook(lambda event, a: event == 'open' and opened.append(str(a[0])))\n"
+        "DecisionTreeClassifier().fit(pd.DataFrame({'x': [0.0, 1.0]}), [0, 1])\n"
+        "print(sum('entry_points' in name for name in opened), 'searched')\n"))
+    assert run.status == "ok" and run.stdout_tail == "0 searched\n"
+
+
+def test_delay_sleeps_in_the_slot_exponentially(competition):
+    """48 runs on 8 slots, 0.2 s on average: each slot sleeps about 6 times 0.2 s."""
+    with Sandbox(8, delay=0.2, **LIGHT) as sandbox, ThreadPoolExecutor(48) as pool:
+        if sandbox.problem:
+            pytest.skip(sandbox.problem)
+        started = time.monotonic()
+        runs = list(pool.map(lambda _: sandbox.run(competition, GOOD), range(48)))
+        assert {run.status for run in runs} == {"ok"} and max(r.seconds for r in runs) < 1.0
+        assert time.monotonic() - started > 0.8
+
+
 MIXTURE = [
     ("good", GOOD, "ok"),
     ("crash", "raise RuntimeError(NAME)", "error"),
