@@ -3,11 +3,11 @@
 A rollout is the slow half of AceGRPO: build the prompt of a task, sample G responses, execute
 the G scripts, grade what they submit. A file in the order in which a trace lives:
 
-1. prompts          `build_prompt(task)`: draft, improve or debug as chat messages -> token ids
+1. prompts          `task_messages(task)`: draft, improve, debug or crossover as chat messages
 2. code extraction  `extract_code(response)`: the Python block of a response, or why there is none
 3. engine           `Engine`: vLLM's AsyncLLM on an event loop in a thread of its own
 4. rollout          `rollout(request)`: one group, start to end; `RolloutWorker`: the threads
-5. agent            `run_agent(...)`: a greedy tree search over the same three operators
+5. agent            `run_agent(...)`: a greedy tree search over the same operators
 
 What is whose:
 [paper] steps (draft, improve, debug) rather than whole trajectories; rollouts run asynchronously
@@ -70,6 +70,7 @@ ASK = {
     "draft": "Write a first script.",
     "improve": "Write a better script.",
     "debug": "Fix the script.",
+    "crossover": "Write a script that combines the best of both.",
 }
 
 
@@ -363,7 +364,7 @@ def task_messages(competition: Competition, task: Task, budget: PromptBudget,
 
     Args:
         competition: the task's competition.
-        task: what to do; `improve` and `debug` show the parent's script and its outcome.
+        task: what to do; the scripts of its parents and their outcomes are shown.
         budget: how long each part may be.
         preview: the data preview when the caller has it already (it costs file reads).
         memory: what `recall` says of earlier attempts; "" for none.
@@ -377,9 +378,9 @@ def task_messages(competition: Competition, task: Task, budget: PromptBudget,
     ]
     if memory:
         parts.append(f"# Memory\nWhat has worked so far; do something else.\n\n{memory}")
-    if task.parent is not None:
-        outcome = clip_middle(describe_outcome(task.parent), budget.output)
-        parts.append(f"# Script\n```python\n{task.parent.code.strip()}\n```\n# Output\n{outcome}")
+    for title, parent in zip(("Script", "Second script"), task.parents):
+        outcome = clip_middle(describe_outcome(parent), budget.output)
+        parts.append(f"# {title}\n```python\n{parent.code.strip()}\n```\n# Output\n{outcome}")
     parts.append("# Task\n" + ASK[task.operator])
     return [{"role": "user", "content": "\n\n".join(parts)}]
 
@@ -682,11 +683,10 @@ def execute(trace: Trace, task: Task, competition: Competition, sandbox: Sandbox
         # What a valid file earns at least stays: an honest mistake must not be worse than none.
         gap = config.gap_penalty * validation_gap(run, competition)
         trace.base_reward = max(trace.base_reward - gap, min(trace.base_reward, 0.1))
-    parent = task.parent
     trace.reward = step_reward(
         trace.base_reward, task.operator,
-        parent_base=parent.base_reward if parent else None,
-        unchanged=parent is not None and trace.code_key == parent.code_key,
+        parent_base=task.parent.base_reward if task.parent else None,
+        unchanged=trace.code_key in [parent.code_key for parent in task.parents],
     )
     return trace
 
@@ -798,6 +798,7 @@ class AgentConfig:
     debug_probability: float = 0.5  # of mending a failure rather than improving the best
     debug_depth: int = 3  # longest chain of debug steps
     hours: float = 24.0  # wall-clock of one run, as MLE-bench recommends
+    crossover_probability: float = 0.0  # of combining the two best rather than improving the best
 
 
 @dataclass
@@ -887,10 +888,10 @@ def choose_task(competition: Competition, traces: list[Trace], config: AgentConf
                 rng: random.Random) -> Task:
     """The next step of the search, from what the agent may know: outcomes and the validation
     scores that the scripts printed, never test scores."""
-    def task(operator, parent=None):
+    def task(operator, parent=None, second=None):
         parent_id = parent.id if parent else ""
         return Task(f"{competition.id}/{operator}/{parent_id}", competition.id, operator,
-                    depth=parent.depth + 1 if parent else 0, parent=parent)
+                    depth=parent.depth + 1 if parent else 0, parent=parent, second=second)
 
     if sum(t.operator == "draft" for t in traces) < config.drafts:
         return task("draft")
@@ -901,6 +902,10 @@ def choose_task(competition: Competition, traces: list[Trace], config: AgentConf
         return task("debug", rng.choice(failures))
     best = choose_best(competition, traces)
     if best is not None:
+        others = [t for t in traces if t.code_key != traces[best].code_key]
+        second = choose_best(competition, others) if config.crossover_probability else None
+        if second is not None and rng.random() < config.crossover_probability:
+            return task("crossover", traces[best], others[second])
         return task("improve", traces[best])
     return task("debug", rng.choice(failures)) if failures else task("draft")
 
@@ -1132,6 +1137,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--debug-probability", type=float, default=0.5,
         help="probability of mending a failure rather than improving the best")
     add("--debug-depth", type=int, default=3, help="longest chain of debug steps")
+    add("--crossover-probability", type=float, default=0.0,
+        help="probability of combining the two best rather than improving the best")
     add("--parallel", type=int, default=32, help="agents at a time")
     # the scripts
     add("--slots", type=int, default=2, help="scripts that run at the same time")
@@ -1211,7 +1218,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"rollout.py: {error}", file=sys.stderr)
         return 2
     agent = AgentConfig(args.steps, args.drafts, args.debug_probability, args.debug_depth,
-                        args.hours)
+                        args.hours, args.crossover_probability)
     config = RolloutConfig(args.max_response_tokens, args.temperature, timeout=args.timeout)
     gpus = [gpu for gpu in args.sandbox_gpus.split(",") if gpu]
     with Sandbox(
@@ -1219,7 +1226,7 @@ def main(argv: list[str] | None = None) -> int:
             memory_mb=args.memory_mb, disk_mb=args.disk_mb, file_mb=args.disk_mb,
             threads=args.threads,
             gpus=[gpus[slot % len(gpus)] for slot in range(args.slots)] if gpus else None,
-            unsafe=args.unsafe) as sandbox:
+            unsafe=args.unsafe, attempts=2) as sandbox:
         if sandbox.problem:
             print(f"rollout.py: scripts cannot be isolated here: {sandbox.problem}; --unsafe runs "
                   "them without isolation", file=sys.stderr)

@@ -51,7 +51,7 @@ from pathlib import Path
 
 import numpy as np
 
-from buffer import EvolvingBuffer, Group, Task, last_line
+from buffer import OPERATORS, EvolvingBuffer, Group, Task, last_line
 from rollout import (Engine, EngineConfig, PromptBudget, Prompter, Request, Result, RolloutConfig,
                      RolloutWorker, read_settings)
 from sampler import AdaptiveSampler
@@ -141,6 +141,7 @@ class Config:
     sampler: str = opt("lp", "task score: Learnability Potential or an alternative",
                        choices=["lp", "variance", "regret", "uniform"])
     buffer: bool = opt(True, "evolving buffer; --no-buffer trains on drafts only")
+    crossover: bool = opt(False, "a fourth operator: combine two valid scripts (not in the paper)")
     capacity: int = opt(4096, "tasks that the buffer holds")
     max_depth: int = opt(4, "longest chain of improve and debug steps")
     children: int = opt(3, "new tasks admitted per group")
@@ -172,6 +173,8 @@ class Config:
     cpu_seconds: float = opt(3.0, "CPU limit of a script, seconds")
     memory_mb: int = opt(2048, "memory limit of a script, MB")
     disk_mb: int = opt(256, "limit of what a script writes, MB")
+    sandbox_delay: float = opt(0.0, "sleep this long on average (exponential) before each script, in "
+                                    "its slot, seconds; to measure asynchrony with slow scripts")
     unsafe: bool = opt(False, "run scripts without isolation where the system offers none")
 
 
@@ -274,7 +277,7 @@ def validate(config: Config, world_size: int) -> None:
         if not getattr(config, name) > 0:
             raise UserError(f"--{name.replace('_', '-')} must be greater than 0")
     for name in ("max_staleness", "eval_drafts", "kl_coef", "entropy_coef", "tis_cap", "max_depth",
-                 "watchdog", "gap_penalty"):
+                 "watchdog", "gap_penalty", "sandbox_delay"):
         if not getattr(config, name) >= 0:
             raise UserError(f"--{name.replace('_', '-')} must not be negative")
     if config.responses < 2:
@@ -634,13 +637,13 @@ def batch_metrics(results: list[Result], version: int) -> dict:
         "staleness_mean": np.mean(staleness),
         "staleness_max": max(staleness),
         "unique_scripts": len({t.code_key for t in traces if t.code}),
-        "unchanged_rate": np.mean([g.task.parent is not None and t.code_key == g.task.parent.code_key
+        "unchanged_rate": np.mean([t.code_key in [p.code_key for p in g.task.parents]
                                    for g in groups for t in g.traces]),
         "response_tokens": np.mean([len(t.response_ids) for t in traces]),
         "seconds_rollout": np.mean([r.seconds_rollout for r in results]),
         "seconds_sandbox": np.mean([r.seconds_sandbox for r in results]),
     }
-    for operator in ("draft", "improve", "debug"):
+    for operator in OPERATORS:
         own = [t for t in traces if t.operator == operator]
         metrics[f"groups_{operator}"] = sum(g.task.operator == operator for g in groups)
         metrics[f"reward_{operator}"] = np.mean([t.reward for t in own]) if own else None
@@ -872,7 +875,8 @@ def rollout_main(config: Config, rank: int, address, key: bytes) -> None:
                       cpu_seconds=config.cpu_seconds, memory_mb=config.memory_mb,
                       disk_mb=config.disk_mb, file_mb=config.disk_mb,
                       gpus=[config.sandbox_gpus] * config.sandbox_slots if config.sandbox_gpus
-                      else None, unsafe=config.unsafe, scratch=str(scratch))
+                      else None, unsafe=config.unsafe, scratch=str(scratch),
+                      delay=config.sandbox_delay, attempts=2)
     if sandbox.problem:
         print(f"rollout rank {rank}: scripts cannot be isolated here: {sandbox.problem}; --unsafe "
               "runs them without isolation", file=sys.stderr)
@@ -978,7 +982,8 @@ class Run:
                        "heldout": fitting(config, heldout, tokenizer, "held-out")}
         buffer = EvolvingBuffer(self.splits["train"], capacity=config.capacity,
                                 max_depth=config.max_depth, children_per_group=config.children,
-                                enabled=config.buffer, log_path=self.dir / "groups.jsonl")
+                                enabled=config.buffer, crossover=config.crossover,
+                                log_path=self.dir / "groups.jsonl")
         sampler = AdaptiveSampler(config.sampler, tau=config.tau, epsilon=config.epsilon,
                                   seed=config.seed)
         for task in buffer.roots():
