@@ -20,6 +20,9 @@ What is the paper's and what is ours:
  6. [ours]  State = append-only log + snapshot. A decision (admitted, evicted) is made once, written
             to the log, and only then applied, so replaying the log gives the same state without
             asking for scores again.
+ 7. [ours]  `crossover` tasks, off by default and not in the paper: the best valid trace of a group
+            and the best valid script that the buffer holds of the same competition, to be made one
+            better script. At most one a group, among its k.
 
 Durability: every group is one line, handed to the operating system before the buffer changes, so
 a killed process loses nothing. fsync runs in `state_dict()`: a power failure can lose groups that
@@ -42,7 +45,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-OPERATORS = ("draft", "improve", "debug")
+OPERATORS = ("draft", "improve", "debug", "crossover")
 
 
 # ------------------------------------------------------------------------------------- records
@@ -125,7 +128,8 @@ class Task:
     """What a policy is prompted with: (competition, operator, parent trace).
 
     `lineage` are the ids of the tasks that led here, root first, without this one. A task carries
-    it because its ancestors may have been evicted.
+    it because its ancestors may have been evicted. A `crossover` task has a second parent, whose
+    base reward is at most the first one's; its lineage is that of the trace that opened it.
     """
 
     id: str
@@ -134,6 +138,12 @@ class Task:
     depth: int = 0
     parent: Trace | None = None  # without token arrays
     lineage: tuple[str, ...] = ()
+    second: Trace | None = None  # the other parent of a crossover, without token arrays
+
+    @property
+    def parents(self) -> list[Trace]:
+        """None for a draft, two for a crossover (the better one first), else one."""
+        return [trace for trace in (self.parent, self.second) if trace is not None]
 
     @classmethod
     def root(cls, competition_id: str) -> Task:
@@ -144,15 +154,22 @@ class Task:
         return Task(child_id(parent), self.competition_id, child_operator(parent), self.depth + 1,
                     parent.without_tokens(), (*self.lineage, self.id))
 
+    def crossing(self, trace: Trace, partner: Trace) -> Task:
+        """The crossover task of `trace`, one of this task's, and a valid trace found earlier."""
+        best, other = sorted((trace, partner), key=lambda t: -t.base_reward)
+        return Task(crossing_id(trace, partner), self.competition_id, "crossover", self.depth + 1,
+                    best.without_tokens(), (*self.lineage, self.id), other.without_tokens())
+
     def to_json(self) -> dict[str, Any]:
         return {"id": self.id, "competition_id": self.competition_id, "operator": self.operator,
                 "depth": self.depth, "parent": self.parent and self.parent.public(),
-                "lineage": list(self.lineage)}
+                "lineage": list(self.lineage), "second": self.second and self.second.public()}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Task:
-        parent = data["parent"] and Trace.from_json(data["parent"])
-        return cls(**(data | {"parent": parent, "lineage": tuple(data["lineage"])}))
+        parents = {name: data.get(name) and Trace.from_json(data[name])
+                   for name in ("parent", "second")}
+        return cls(**(data | parents | {"lineage": tuple(data["lineage"])}))
 
 
 def child_operator(parent: Trace) -> str:
@@ -162,6 +179,12 @@ def child_operator(parent: Trace) -> str:
 def child_id(parent: Trace) -> str:
     """Equal scripts give equal ids: that is how duplicates merge. 16 hex digits: no collisions."""
     return f"{parent.competition_id}/{child_operator(parent)}/{parent.code_key[:16]}"
+
+
+def crossing_id(one: Trace, other: Trace) -> str:
+    """The same for both orders of the parents."""
+    keys = sorted((one.code_key[:16], other.code_key[:16]))
+    return f"{one.competition_id}/crossover/{keys[0]}+{keys[1]}"
 
 
 @dataclass(eq=False)
@@ -279,6 +302,7 @@ class EvolvingBuffer:
         children_per_group: k, the most tasks that one group adds.
         headroom: a valid trace opens an `improve` task only while base_reward < 1 - headroom.
         enabled: False admits nothing: the ablation `--no-buffer`. Groups are logged all the same.
+        crossover: also admit tasks with two parents.
         log_path: JSON lines, one a group; None keeps no log. An existing log has to be replayed
             before the first `add`.
 
@@ -288,7 +312,7 @@ class EvolvingBuffer:
 
     def __init__(self, competition_ids: Iterable[str], capacity: int = 4096, max_depth: int = 4,
                  children_per_group: int = 3, headroom: float = 0.01, enabled: bool = True,
-                 log_path: str | os.PathLike | None = None):
+                 crossover: bool = False, log_path: str | os.PathLike | None = None):
         self.competition_ids = list(competition_ids)
         if not self.competition_ids:
             raise ValueError("no competitions: a buffer needs at least one draft root")
@@ -302,6 +326,7 @@ class EvolvingBuffer:
         self.children_per_group = children_per_group
         self.headroom = headroom
         self.enabled = enabled
+        self.crossover = crossover
         self.log_path = log_path
         self.tasks: dict[str, Task] = {}  # in order of admission, roots first
         for competition_id in self.competition_ids:
@@ -331,6 +356,7 @@ class EvolvingBuffer:
 
         Returns:
             The tasks admitted, best parent first, and the ids of those evicted.
+            A crossover task comes last.
 
         Raises:
             ValueError: the group is empty or of an unknown competition, or the log on disk holds
@@ -370,26 +396,29 @@ class EvolvingBuffer:
                 merged += name in self.tasks or name in candidates
                 if name not in self.tasks:
                     candidates.setdefault(name, trace)
-        parents = select_parents(candidates.values(), self.children_per_group)
+        crossing = self._crossing(group)
+        parents = select_parents(candidates.values(), self.children_per_group - len(crossing))
+        admitted = [group.traces.index(trace) for trace in parents] + crossing
 
         room = self.capacity - len(self.tasks)
         evicted = []
-        if len(parents) > room:
+        if len(admitted) > room:
             evictable = [task.id for task in self.tasks.values()
                          if task.depth > 0 and task.id not in protected]
             # Scoring every task is what costs: a large buffer makes room for some groups at once.
-            count = max(len(parents) - room, self.capacity // 64)
+            count = max(len(admitted) - room, self.capacity // 64)
             evicted = (heapq.nsmallest(count, evictable, key=score) if score
                        else evictable[:count])
-            parents = parents[:room + len(evicted)]
+            admitted = admitted[:room + len(evicted)]
 
         return {
             "sequence": self.sequence + 1,
             "epoch": group.epoch,
             "handout_version": group.handout_version,
-            "task": group.task.to_json() | {"parent": None},  # the parent's own group has it
+            # The parents' own groups have them.
+            "task": group.task.to_json() | {"parent": None, "second": None},
             "traces": [trace.public() for trace in group.traces],
-            "admitted": [group.traces.index(trace) for trace in parents],  # positions
+            "admitted": admitted,  # position of the parent; of a crossover (position, partner)
             "merged": merged,
             "evicted": evicted,
         }
@@ -401,6 +430,22 @@ class EvolvingBuffer:
             return trace.base_reward < 1.0 - self.headroom
         return trace.status != "refused"  # the sandbox's failure, not the script's
 
+    def _crossing(self, group: Group) -> list[tuple[int, str]]:
+        """At most one pair: position of the group's best valid trace, task that holds the best
+        script to cross it with."""
+        traces = [t for t in group.traces if t.valid and self._opens_task(group.task, t)]
+        if not self.crossover or not traces:
+            return []
+        trace = max(traces, key=lambda t: t.base_reward)
+        partners = [task for task in self.tasks.values()
+                    if task.operator == "improve" and task.competition_id == trace.competition_id
+                    and task.parent.code_key != trace.code_key
+                    and crossing_id(trace, task.parent) not in self.tasks]
+        if not partners:
+            return []
+        partner = max(partners, key=lambda task: task.parent.base_reward)
+        return [(group.traces.index(trace), partner.id)]
+
     def _apply(self, record: dict[str, Any]) -> Change:
         """Bring a decision into effect: the only place where tasks and counters change."""
         self.sequence = record["sequence"]
@@ -410,7 +455,9 @@ class EvolvingBuffer:
             return Change(self.sequence, None, gone.id, np.zeros(0, np.float32), [], [gone.id])
         task = Task.from_json(record["task"])
         traces = [Trace.from_json(data) for data in record["traces"]]
-        admitted = [task.child(traces[position]) for position in record["admitted"]]
+        admitted = [task.child(traces[entry]) if isinstance(entry, int)
+                    else task.crossing(traces[entry[0]], self.tasks[entry[1]].parent)
+                    for entry in record["admitted"]]
         for task_id in record["evicted"]:
             gone = self.tasks.pop(task_id)
             self._count(gone.competition_id, gone.operator, evicted=1)
@@ -511,11 +558,15 @@ class EvolvingBuffer:
 
         Raises:
             ValueError: a damaged line before the last, or sequence numbers that do not go on from
-                this state.
+                this state, or a log that is shorter than what this state knows of it.
         """
         changes = []
         path = path or self.log_path
-        if path is None or not os.path.exists(path):
+        size = os.path.getsize(path) if path and os.path.exists(path) else 0
+        if size < self._replay_from:
+            raise ValueError(f"{path} has {size} bytes, but the snapshot knows of "
+                             f"{self._replay_from}: it was cut or is of another run")
+        if not size:
             return changes
         with open(path, "rb") as log:
             log.seek(self._replay_from)
@@ -551,7 +602,7 @@ class EvolvingBuffer:
         """Unbuffered, at its end; a torn last line is cut off."""
         log = open(self.log_path, "ab+", buffering=0)
         try:
-            end, last = _last_line(log)
+            end, last = last_line(log)
             found = _parse(last, self.log_path)["sequence"] if last else 0
             if found != self.sequence:
                 raise ValueError(f"{self.log_path} holds {found} changes, this buffer "
@@ -577,7 +628,7 @@ def _parse(line: bytes, path) -> dict[str, Any]:
         raise ValueError(f"{path}: damaged line {line[:60]!r}... ({error})") from None
 
 
-def _last_line(file, block: int = 1 << 16) -> tuple[int, bytes]:
+def last_line(file, block: int = 1 << 16) -> tuple[int, bytes]:
     """Where a binary file's last complete line ends, and that line (b"" when there is none)."""
     end = file.seek(0, os.SEEK_END)
     tail, start = b"", end

@@ -33,6 +33,7 @@ import copy
 import json
 import math
 import os
+import pickle
 import shutil
 import time
 import warnings
@@ -47,6 +48,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -707,6 +709,9 @@ class Learner:
         it is tied, since an engine that updates its weights from a file without it would keep
         the old output head. Written beside `directory` and renamed, so that a reader never sees a
         half-written one (for an instant between two renames it may see none).
+
+        Raises:
+            OSError: it cannot be written (disk full).
         """
         directory = Path(directory)
         staging = directory.with_name(f".{directory.name}.new")
@@ -717,7 +722,8 @@ class Learner:
         for number, shard in enumerate(self._shards()):
             if self.rank == 0:
                 name = f"model-{number + 1:05d}.safetensors"
-                save_file(shard, staging / name, metadata={"format": "pt"})
+                with errors_as_os_error(f"{staging / name} cannot be written"):
+                    save_file(shard, staging / name, metadata={"format": "pt"})
                 index.update(dict.fromkeys(shard, name))
         if self.rank == 0:
             if len(set(index.values())) == 1:
@@ -757,20 +763,22 @@ class Learner:
     def save(self, directory: str | os.PathLike) -> None:
         """Write a sharded checkpoint: weights, optimizer, version, every rank's RNG. Collective.
 
-        It loads at any number of ranks. The schedule is a function of the version."""
-        with warnings.catch_warnings():
+        It loads at any number of ranks. The schedule is a function of the version. Raises OSError
+        on every rank when one cannot write (disk full)."""
+        with warnings.catch_warnings(), errors_as_os_error(f"{directory} cannot be written"):
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             dcp.save(self._state(), checkpoint_id=str(directory), process_group=self.group,
                      no_dist=self.group is None)
 
     def load(self, directory: str | os.PathLike) -> None:
         """Go on from a checkpoint of `save`; further steps are bit-identical at the same number
-        of ranks. A rank that the checkpoint does not know keeps its RNG. Collective."""
-        state = self._state()
-        known = dcp.FileSystemReader(str(directory)).read_metadata().state_dict_metadata
-        state = {name: value for name, value in state.items()
-                 if not name.startswith("rng.") or name in known}
-        with warnings.catch_warnings():
+        of ranks. A rank that the checkpoint does not know keeps its RNG. Collective. Raises OSError
+        when it is damaged or of another model."""
+        with warnings.catch_warnings(), errors_as_os_error(f"{directory} cannot be loaded"):
+            state = self._state()
+            known = dcp.FileSystemReader(str(directory)).read_metadata().state_dict_metadata
+            state = {name: value for name, value in state.items()
+                     if not name.startswith("rng.") or name in known}
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             dcp.load(state, checkpoint_id=str(directory), process_group=self.group,
                      no_dist=self.group is None)
@@ -790,6 +798,20 @@ class Learner:
                 for key, value in self.optimizer.state[parameter].items():
                     state[f"optimizer.{name}.{key}"] = value
         return state
+
+
+@contextlib.contextmanager
+def errors_as_os_error(what: str) -> Iterator[None]:
+    """A full disk or a damaged file is an OSError here. torch and safetensors raise exceptions of
+    their own, among them one (CheckpointException) that is no Exception."""
+    try:
+        yield
+    except (OSError, dcp.api.CheckpointException, SafetensorError, pickle.UnpicklingError, EOFError,
+            RuntimeError) as error:
+        failures = getattr(error, "failures", None)  # by rank: (exception, traceback)
+        cause = next(iter(failures.values()))[0] if failures else error
+        text = " ".join(str(cause).split())[:300]
+        raise OSError(f"{what}: {type(cause).__name__} {text}") from error
 
 
 def make_optimizer(policy: Policy, config: LearnerConfig) -> torch.optim.AdamW:

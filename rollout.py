@@ -3,11 +3,11 @@
 A rollout is the slow half of AceGRPO: build the prompt of a task, sample G responses, execute
 the G scripts, grade what they submit. A file in the order in which a trace lives:
 
-1. prompts          `build_prompt(task)`: draft, improve or debug as chat messages -> token ids
+1. prompts          `task_messages(task)`: draft, improve, debug or crossover as chat messages
 2. code extraction  `extract_code(response)`: the Python block of a response, or why there is none
 3. engine           `Engine`: vLLM's AsyncLLM on an event loop in a thread of its own
 4. rollout          `rollout(request)`: one group, start to end; `RolloutWorker`: the threads
-5. agent            `run_agent(...)`: a greedy tree search over the same three operators
+5. agent            `run_agent(...)`: a greedy tree search over the same operators
 
 What is whose:
 [paper] steps (draft, improve, debug) rather than whole trajectories; rollouts run asynchronously
@@ -70,6 +70,7 @@ ASK = {
     "draft": "Write a first script.",
     "improve": "Write a better script.",
     "debug": "Fix the script.",
+    "crossover": "Write a script that combines the best of both.",
 }
 
 
@@ -363,7 +364,7 @@ def task_messages(competition: Competition, task: Task, budget: PromptBudget,
 
     Args:
         competition: the task's competition.
-        task: what to do; `improve` and `debug` show the parent's script and its outcome.
+        task: what to do; the scripts of its parents and their outcomes are shown.
         budget: how long each part may be.
         preview: the data preview when the caller has it already (it costs file reads).
         memory: what `recall` says of earlier attempts; "" for none.
@@ -377,9 +378,9 @@ def task_messages(competition: Competition, task: Task, budget: PromptBudget,
     ]
     if memory:
         parts.append(f"# Memory\nWhat has worked so far; do something else.\n\n{memory}")
-    if task.parent is not None:
-        outcome = clip_middle(describe_outcome(task.parent), budget.output)
-        parts.append(f"# Script\n```python\n{task.parent.code.strip()}\n```\n# Output\n{outcome}")
+    for title, parent in zip(("Script", "Second script"), task.parents):
+        outcome = clip_middle(describe_outcome(parent), budget.output)
+        parts.append(f"# {title}\n```python\n{parent.code.strip()}\n```\n# Output\n{outcome}")
     parts.append("# Task\n" + ASK[task.operator])
     return [{"role": "user", "content": "\n\n".join(parts)}]
 
@@ -518,17 +519,27 @@ class Engine:
     def _wait(self, coroutine):
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result()
 
+    async def _while_alive(self, coroutine):
+        """The coroutine's result. vLLM leaves calls pending for ever when its process is killed."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        call = asyncio.ensure_future(coroutine)
+        try:
+            while not call.done():
+                await asyncio.wait([call], timeout=1)
+                await self.llm.check_health()
+            return call.result()
+        except EngineDeadError as error:
+            call.cancel()
+            raise EngineDead("the vLLM engine has died; its own message is above") from error
+
     async def _request(self, prompt_ids, params):
         from vllm.inputs import TokensPrompt
-        from vllm.v1.engine.exceptions import EngineDeadError
 
         # The salt keeps blocks of different versions apart in the prefix cache.
         prompt = TokensPrompt(prompt_token_ids=prompt_ids, cache_salt=f"v{self.version}")
-        try:
-            async for output in self.llm.generate(prompt, params, uuid.uuid4().hex):
-                last = output
-        except EngineDeadError as error:
-            raise EngineDead("the vLLM engine has died; its own message is above") from error
+        async for output in self.llm.generate(prompt, params, uuid.uuid4().hex):
+            last = output
         return last
 
     def generate(self, prompt_ids: list[int], n: int, max_tokens: int, temperature: float = 1.0
@@ -548,7 +559,7 @@ class Engine:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         version = self.version
-        output = self._wait(self._request(prompt_ids, params))
+        output = self._wait(self._while_alive(self._request(prompt_ids, params)))
         completions = []
         for choice in sorted(output.outputs, key=lambda c: c.index):
             ids = list(choice.token_ids)
@@ -561,7 +572,7 @@ class Engine:
         from vllm import SamplingParams
 
         params = SamplingParams(max_tokens=1, temperature=1.0, prompt_logprobs=0)
-        output = self._wait(self._request(token_ids, params))
+        output = self._wait(self._while_alive(self._request(token_ids, params)))
         rows = output.prompt_logprobs[1:]  # the first token has no prefix
         return np.array([row[i].logprob for row, i in zip(rows, token_ids[1:])], np.float32)
 
@@ -571,8 +582,8 @@ class Engine:
         The directory must hold `lm_head.weight` even when the embeddings are tied: vLLM would
         otherwise keep the old output head, silently (see `Learner.publish`).
         """
-        self._wait(self.llm.collective_rpc("reload_weights",
-                                           kwargs={"weights_path": str(directory)}))
+        self._wait(self._while_alive(self.llm.collective_rpc(
+            "reload_weights", kwargs={"weights_path": str(directory)})))
         self.version = version
 
     def close(self) -> None:
@@ -645,8 +656,14 @@ def make_trace(task: Task, index: int, prompt_ids: list[int], completion: Comple
     )
 
 
+class SandboxRefused(RuntimeError):
+    """Scripts can no longer be isolated: no fault of theirs, so it must not become a reward."""
+
+
 def describe_run(trace: Trace, run: Execution) -> None:
-    """Copy what the sandbox found into the trace."""
+    """Copy what the sandbox found into the trace. Raises SandboxRefused when nothing was run."""
+    if run.status == "refused":
+        raise SandboxRefused(f"scripts cannot be executed: {run.reason}")
     trace.status, trace.exit_code, trace.seconds = run.status, run.exit_code, run.seconds
     trace.output = own_traceback(run.stderr_tail) or run.stdout_tail.strip()
     trace.validation_score, trace.valid, trace.score = run.validation_score, run.valid, run.score
@@ -666,11 +683,10 @@ def execute(trace: Trace, task: Task, competition: Competition, sandbox: Sandbox
         # What a valid file earns at least stays: an honest mistake must not be worse than none.
         gap = config.gap_penalty * validation_gap(run, competition)
         trace.base_reward = max(trace.base_reward - gap, min(trace.base_reward, 0.1))
-    parent = task.parent
     trace.reward = step_reward(
         trace.base_reward, task.operator,
-        parent_base=parent.base_reward if parent else None,
-        unchanged=parent is not None and trace.code_key == parent.code_key,
+        parent_base=task.parent.base_reward if task.parent else None,
+        unchanged=trace.code_key in [parent.code_key for parent in task.parents],
     )
     return trace
 
@@ -684,13 +700,14 @@ def validation_gap(run: Execution, competition: Competition) -> float:
 
 
 def rollout(request: Request, engine, sandbox, prompter: Prompter, config: RolloutConfig,
-            pool: ThreadPoolExecutor) -> Result:
+            pool: ThreadPoolExecutor, stage=lambda name: None) -> Result:
     """Sample, execute and grade one group.
 
     Args:
         engine: an `Engine`, or anything with its `generate` and `max_model_len`.
         sandbox: a `Sandbox`, or anything with its `run`.
         pool: runs the group's scripts side by side; the sandbox bounds how many really do.
+        stage: is told what begins now.
     Returns:
         A Result without a group when the prompt leaves no room for a response: cutting the
         prompt would train on something that nobody asked.
@@ -702,10 +719,12 @@ def rollout(request: Request, engine, sandbox, prompter: Prompter, config: Rollo
     if room < config.max_response_tokens:
         return Result(request, None, f"prompt of {len(prompt_ids)} tokens leaves {room} of "
                                      f"{config.max_response_tokens} response tokens")
+    stage("sampling")
     started = time.monotonic()
     completions, version = engine.generate(prompt_ids, request.n, config.max_response_tokens,
                                            config.temperature)
     generated = time.monotonic()
+    stage("executing")
     traces = []
     for index, completion in enumerate(completions):
         text = prompter.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
@@ -729,18 +748,36 @@ class RolloutWorker:
         self.arguments = (engine, sandbox, prompter, config)
         self.tasks, self.results, self.on_error = tasks, results, on_error
         self.pool = ThreadPoolExecutor(slots, thread_name_prefix="execute")
-        self.threads = [threading.Thread(target=self._run, name=f"rollout-{i}", daemon=True)
-                        for i in range(threads)]
+        self.stages = [("waiting for a task", "", time.monotonic())] * threads  # of each thread
+        self.threads = [threading.Thread(target=self._run, args=(i,), name=f"rollout-{i}",
+                                         daemon=True) for i in range(threads)]
         for thread in self.threads:
             thread.start()
 
-    def _run(self):
+    def _run(self, index: int):
+        def stage(name, task_id=""):
+            self.stages[index] = (name, task_id, time.monotonic())
+
         try:
             while (request := self.tasks.get()) is not None:
-                self.results.put(rollout(request, *self.arguments, self.pool))
+                result = rollout(request, *self.arguments, self.pool,
+                                 lambda name: stage(name, request.task.id))
+                stage("handing in a group", request.task.id)
+                self.results.put(result)
+                stage("waiting for a task")
             self.tasks.put(None)  # for the next thread
         except BaseException as error:  # the owner decides what it means
             self.on_error(error)
+
+    def describe(self) -> str:
+        """What the threads are at, and for how long already; for the watchdog."""
+        now, stages, parts = time.monotonic(), list(self.stages), []
+        for name in sorted({name for name, _, _ in stages}):
+            own = [(since, task_id) for other, task_id, since in stages if other == name]
+            since, task_id = min(own)
+            parts.append(f"{len(own)} threads {name}, the longest for {now - since:.0f} s"
+                         + (f" ({task_id})" if task_id else ""))
+        return "; ".join(parts)
 
     def join(self):
         for thread in self.threads:
@@ -761,6 +798,7 @@ class AgentConfig:
     debug_probability: float = 0.5  # of mending a failure rather than improving the best
     debug_depth: int = 3  # longest chain of debug steps
     hours: float = 24.0  # wall-clock of one run, waiting included; 24 is MLE-bench's advice
+    crossover_probability: float = 0.0  # of combining the two best rather than improving the best
 
 
 @dataclass
@@ -850,10 +888,10 @@ def choose_task(competition: Competition, traces: list[Trace], config: AgentConf
                 rng: random.Random) -> Task:
     """The next step of the search, from what the agent may know: outcomes and the validation
     scores that the scripts printed, never test scores."""
-    def task(operator, parent=None):
+    def task(operator, parent=None, second=None):
         parent_id = parent.id if parent else ""
         return Task(f"{competition.id}/{operator}/{parent_id}", competition.id, operator,
-                    depth=parent.depth + 1 if parent else 0, parent=parent)
+                    depth=parent.depth + 1 if parent else 0, parent=parent, second=second)
 
     if sum(t.operator == "draft" for t in traces) < config.drafts:
         return task("draft")
@@ -868,6 +906,10 @@ def choose_task(competition: Competition, traces: list[Trace], config: AgentConf
         return task("debug", rng.choice(failures))
     best = choose_best(competition, traces)
     if best is not None:
+        others = [t for t in traces if t.code_key != traces[best].code_key]
+        second = choose_best(competition, others) if config.crossover_probability else None
+        if second is not None and rng.random() < config.crossover_probability:
+            return task("crossover", traces[best], others[second])
         return task("improve", traces[best])
     return task("debug", rng.choice(failures)) if failures else task("draft")
 
@@ -1129,6 +1171,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--debug-probability", type=float, default=0.5,
         help="probability of mending a failure rather than improving the best")
     add("--debug-depth", type=int, default=3, help="longest chain of debug steps")
+    add("--crossover-probability", type=float, default=0.0,
+        help="probability of combining the two best rather than improving the best")
     add("--parallel", type=int, default=32, help="agents at a time")
     # the scripts
     add("--slots", type=int, default=2, help="scripts that run at the same time")
@@ -1208,7 +1252,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"rollout.py: {error}", file=sys.stderr)
         return 2
     agent = AgentConfig(args.steps, args.drafts, args.debug_probability, args.debug_depth,
-                        args.hours)
+                        args.hours, args.crossover_probability)
     config = RolloutConfig(args.max_response_tokens, args.temperature, timeout=args.timeout)
     gpus = [gpu for gpu in args.sandbox_gpus.split(",") if gpu]
     scratch = tempfile.mkdtemp(prefix="acegrpo-evaluation-")
@@ -1218,7 +1262,7 @@ def main(argv: list[str] | None = None) -> int:
             memory_mb=args.memory_mb, disk_mb=args.disk_mb, file_mb=args.disk_mb,
             threads=args.threads,
             gpus=[gpus[slot % len(gpus)] for slot in range(args.slots)] if gpus else None,
-            unsafe=args.unsafe, scratch=scratch) as sandbox:
+            unsafe=args.unsafe, scratch=scratch, attempts=2) as sandbox:
         if sandbox.problem:
             print(f"rollout.py: scripts cannot be isolated here: {sandbox.problem}; --unsafe runs "
                   "them without isolation", file=sys.stderr)

@@ -46,7 +46,7 @@ from typing import Any
 import numpy as np
 
 KINDS = ("lp", "variance", "regret", "uniform")
-OPERATORS = ("draft", "improve", "debug")
+OPERATORS = ("draft", "improve", "debug", "crossover")
 
 
 def learnability_potential(mean, std, kind: str = "lp") -> np.ndarray:
@@ -195,7 +195,8 @@ class AdaptiveSampler:
         learnable as a 0/1 reward can be. A root takes its level. A child's variance lies half-way
         between the level's and that of the parent's group; its mean is for
 
-            improve  the parent's reward: a policy that changes nothing repeats it
+            improve, crossover  the (better) parent's reward: a policy that changes nothing
+                     repeats it
             debug    half-way between the level and the mean of the parent's group: whoever writes
                      half of the drafts right can probably mend some of the other half
 

@@ -263,7 +263,7 @@ class Competition:
         try:
             score = self.grader(frame, copy.deepcopy(self._answers))
             score = math.nan if score is None else round(float(score), 5)  # as mlebench rounds
-        except Exception as error:  # a grader refuses by raising, each in its own words
+        except (Exception, SystemExit) as error:  # a grader refuses by raising, in its own words
             said = str(error) if " " in str(error) else f"{type(error).__name__}: {error}"
             return Grade(False, reason=_one_line(f"the grader refused the submission: {said}"))
         if not math.isfinite(score):
@@ -565,7 +565,8 @@ def base_reward(execution: Execution, kind: str = "rank") -> float:
 def step_reward(
     base: float, operator: str, parent_base: float | None = None, unchanged: bool = False
 ) -> float:
-    """The step's reward: `improve` adds half of the gain over its parent; a copy of it earns 0.
+    """The step's reward: `improve` and `crossover` add half of the gain over the (better) parent;
+    a copy of a parent earns 0.
 
     >>> step_reward(0.5, "draft"), step_reward(0.5, "improve", 0.3)
     (0.5, 0.6)
@@ -574,7 +575,7 @@ def step_reward(
     """
     if unchanged:
         return 0.0
-    if operator == "improve" and parent_base is not None:
+    if operator in ("improve", "crossover") and parent_base is not None:
         return min(1.0, base + 0.5 * max(base - parent_base, 0.0))
     return base
 
@@ -1372,6 +1373,12 @@ def _preload(modules: list[str]) -> dict[str, str]:
             importlib.import_module(name)
         except Exception as error:
             failed[name] = _one_line(error)
+    if "sklearn.utils.validation" in sys.modules and "pandas" in sys.modules:
+        # At the first data frame, and at the first thing that is none, scikit-learn looks for data
+        # frame plug-ins among all installed packages: 30 ms here, or in every script.
+        check_array, frame = sys.modules["sklearn.utils.validation"].check_array, [[0.0]]
+        check_array(sys.modules["pandas"].DataFrame(frame))
+        check_array(frame)
     gc.collect()
     gc.freeze()  # keeps the collector from touching, and so copying, the shared pages
     return failed
@@ -1458,7 +1465,11 @@ class Sandbox:
     layers        leave one out (tests do); then, or where one is missing, runs are refused unless
     unsafe        is set: then they run with what there is, and Execution.isolation says so
     seed          with the code, the seed of a run's random generators
+    attempts      of a run whose sandbox dies under it (the OOM killer, an operator) or that cannot
+                  be isolated: the first time it need not be the script's doing
     scratch       where work directories are made (default: the temporary directory)
+    delay         mean seconds of an exponential sleep before each run, in its slot: scripts that
+                  take long without using this machine, to measure asynchrony with
     """
 
     def __init__(
@@ -1466,9 +1477,11 @@ class Sandbox:
         memory_mb: int = 2048, file_mb: int = 64, disk_mb: int = 256, output_kb: int = 64,
         threads: int = 1, cpus: list[list[int]] | None = None, gpus: list[str] | None = None,
         preload: tuple[str, ...] = PRELOAD, layers: tuple[str, ...] = ("landlock", "seccomp"),
-        unsafe: bool = False, seed: int = 0, scratch: str | None = None,
+        unsafe: bool = False, seed: int = 0, scratch: str | None = None, delay: float = 0.0,
+        attempts: int = 1,
     ):  # fmt: skip
-        positive = {"slots": slots, "timeout": timeout, "memory_mb": memory_mb, "threads": threads}
+        positive = {"slots": slots, "timeout": timeout, "memory_mb": memory_mb, "threads": threads,
+                    "attempts": attempts}
         for name, value in (positive | {"cpu_seconds": cpu_seconds or 1}).items():
             if not value > 0:
                 raise ValueError(f"{name} must be positive, not {value}")
@@ -1477,6 +1490,7 @@ class Sandbox:
                 raise ValueError(f"{name} must have one entry for each of the {slots} slots")
         self.slots, self.timeout, self.cpu_seconds = slots, timeout, cpu_seconds
         self.threads, self.cpus, self.gpus, self.seed = threads, cpus, gpus, seed
+        self.attempts, self.delay, self._delays = attempts, delay, random.Random(seed)
         self._limits = {
             "memory_mb": memory_mb, "file_mb": file_mb, "disk_mb": disk_mb, "output_kb": output_kb,
             "max_threads": 64 + 8 * threads,
@@ -1495,6 +1509,7 @@ class Sandbox:
         self._control: socket.socket | None = None
         self._process: subprocess.Popen | None = None
         self._closed = False
+        self._retired = 0  # slots that are lost to a process that does not die
         if sys.platform != "linux" or _MACHINE not in ("x86_64", "aarch64"):
             self.problem = f"no isolation on {sys.platform} {_MACHINE}: use a Linux container or VM"
             return
@@ -1539,14 +1554,31 @@ class Sandbox:
         if len(code) > MAX_CODE:
             problem = f"the script has more than {MAX_CODE} characters"
             return Execution("error", reason=problem, isolation=self.isolation)
-        slot, stuck = self._free.get(), False
-        try:
-            facts, blobs = self._execute(slot, competition, code, timeout or self.timeout)
-            stuck = facts.get("stuck", False)
-        finally:
-            if not stuck:  # whatever survives SIGKILL keeps its slot: no run may share it
-                self._free.put(slot)
-        return self._judge(competition, facts, *blobs)
+        for attempt in range(self.attempts):
+            slot, stuck = self._free.get(), False
+            if slot is None:
+                self._free.put(None)  # for the next one that waits
+                return Execution("refused", reason=self.problem, isolation=self.isolation)
+            try:
+                if self.delay:
+                    time.sleep(self._delays.expovariate(1 / self.delay))
+                facts, blobs = self._execute(slot, competition, code, timeout or self.timeout)
+                stuck = facts.get("stuck", False)
+            finally:
+                if stuck:  # whatever survives SIGKILL keeps its slot: no run may share it
+                    self._retire_slot()
+                else:
+                    self._free.put(slot)
+            again = facts["killed"] in ("lost", "orphaned", "refused") and not self.problem
+            if attempt + 1 == self.attempts or not again:
+                return self._judge(competition, facts, *blobs)
+
+    def _retire_slot(self) -> None:
+        with self._changed:
+            self._retired += 1
+            if self._retired == self.slots:
+                self.problem = "every slot holds a process that SIGKILL does not end"
+                self._free.put(None)
 
     def _exposed(self, competition: Competition) -> str:
         """The answers must not lie where every script may read."""

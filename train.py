@@ -27,8 +27,11 @@ What is whose:
 """
 
 import argparse
+import bisect
 import dataclasses
+import importlib.util
 import json
+import math
 import multiprocessing
 import os
 import queue
@@ -40,14 +43,16 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections import defaultdict
 from dataclasses import dataclass, field
+from datetime import timedelta
 from multiprocessing.managers import BaseManager
 from pathlib import Path
 
 import numpy as np
 
-from buffer import EvolvingBuffer, Group, Task
+from buffer import OPERATORS, EvolvingBuffer, Group, Task, last_line
 from rollout import (Engine, EngineConfig, PromptBudget, Prompter, Request, Result, RolloutConfig,
                      RolloutWorker, read_settings)
 from sampler import AdaptiveSampler
@@ -88,12 +93,14 @@ class Config:
     run_dir: str = opt("", "where the run is written; '' means runs/<preset>-<time>")
     seed: int = opt(0, "seed of the sampler, the engine and the learner")
     # --- how much
-    steps: int = opt(70, "learner steps")
+    steps: int = opt(76, "learner steps")
     groups: int = opt(8, "B: groups (tasks) a learner step")
     responses: int = opt(12, "G: responses a group; the advantage compares them")
     eval_drafts: int = opt(32, "drafts per competition before and after training; 0: no evaluation")
     checkpoint_every: int = opt(20, "steps between checkpoints; the last step always has one")
     keep_checkpoints: int = opt(2, "checkpoints kept; older ones are deleted")
+    tensorboard: bool = opt(False, "write the numbers of metrics.jsonl for TensorBoard too, into "
+                                   "<run-dir>/tensorboard")
     # --- roles
     learner_ranks: int = opt(0, "L: ranks that learn, the others roll out; 0: half of them")
     tensor_parallel: int = opt(1, "GPUs per engine; so many rollout ranks share one engine")
@@ -109,6 +116,11 @@ class Config:
                                 "synchronous")
     stale: str = opt("wait", "a group that would become too old: the learner waits for it, or it is "
                              "dropped (which favours fast scripts)", choices=["wait", "drop"])
+    # --- faults
+    watchdog: float = opt(600.0, "seconds without a finished group after which every part says "
+                                 "what it is waiting for; 0: never")
+    collective_timeout: float = opt(1800.0, "seconds after which a collective operation among the "
+                                            "ranks gives up; no rollout ever runs inside one")
     # --- the algorithm
     advantage: str = opt("dr_grpo", "group-relative advantage: with (grpo) or without (dr_grpo) "
                                     "division by the standard deviation",
@@ -121,7 +133,7 @@ class Config:
                               "behaviour policy corrects already)")
     kl_coef: float = opt(0.0, "weight of the KL divergence to the initial policy; 0: no reference")
     kl_kind: str = opt("k3", "estimator of that KL", choices=["k2", "k3"])
-    entropy_coef: float = opt(0.003, "weight of the entropy bonus")
+    entropy_coef: float = opt(0.002, "weight of the entropy bonus")
     temperature: float = opt(1.0, "sampling temperature; it divides the learner's logits too")
     reward: str = opt("rank", "what a valid submission earns: human rank, milestones, medals only",
                       choices=["rank", "milestone", "medal"])
@@ -132,6 +144,7 @@ class Config:
     sampler: str = opt("lp", "task score: Learnability Potential or an alternative",
                        choices=["lp", "variance", "regret", "uniform"])
     buffer: bool = opt(True, "evolving buffer; --no-buffer trains on drafts only")
+    crossover: bool = opt(False, "a fourth operator: combine two valid scripts (not in the paper)")
     capacity: int = opt(4096, "tasks that the buffer holds")
     max_depth: int = opt(4, "longest chain of improve and debug steps")
     children: int = opt(3, "new tasks admitted per group")
@@ -140,7 +153,9 @@ class Config:
     # --- the learner
     learning_rate: float = opt(1e-3, "peak learning rate of AdamW")
     warmup_steps: int = opt(3, "steps of linear warm-up")
-    max_grad_norm: float = opt(1.0, "gradient norm is clipped at this")
+    decay: bool = opt(True, "the learning rate falls linearly and would be 0 after the last step")
+    max_grad_norm: float = opt(0.01, "gradient norm is clipped at this; dr_grpo's are small, its "
+                                     "denominator counts the longest response allowed")
     token_budget: int = opt(8192, "tokens packed into one micro-batch")
     learner_dtype: str = opt("float32", "dtype of the learner's forward and backward (master "
                                          "weights are float32)", choices=["float32", "bfloat16"])
@@ -161,6 +176,8 @@ class Config:
     cpu_seconds: float = opt(3.0, "CPU limit of a script, seconds")
     memory_mb: int = opt(2048, "memory limit of a script, MB")
     disk_mb: int = opt(256, "limit of what a script writes, MB")
+    sandbox_delay: float = opt(0.0, "sleep this long on average (exponential) before each script, in "
+                                    "its slot, seconds; to measure asynchrony with slow scripts")
     unsafe: bool = opt(False, "run scripts without isolation where the system offers none")
 
 
@@ -171,7 +188,8 @@ PRESETS = {
     "small": dict(
         model="Qwen/Qwen3-8B", competitions="examples/mlebench_medium.txt", heldout="lite",
         steps=400, groups=16, responses=8, eval_drafts=0, rollout_threads=16, sandbox_slots=16,
-        learning_rate=1e-6, warmup_steps=10, entropy_coef=0.0, token_budget=32768,
+        learning_rate=1e-6, warmup_steps=10, decay=False, max_grad_norm=1.0, entropy_coef=0.0,
+        token_budget=32768,
         activation_checkpointing=True, engine_dtype="bfloat16", max_model_len=24576,
         max_response_tokens=8192, max_num_seqs=128, kv_cache_gib=0.0, logprob_gap_limit=0.1,
         description_chars=12000, preview_chars=6000, output_chars=4000, timeout=3600.0,
@@ -181,7 +199,8 @@ PRESETS = {
         model="Qwen/Qwen3-30B-A3B", competitions="examples/mlebench_medium.txt",
         heldout="lite", steps=400, groups=16, responses=8, eval_drafts=0,
         learner_ranks=16, tensor_parallel=2, rollout_threads=16, sandbox_slots=16,
-        learning_rate=1e-6, warmup_steps=10, entropy_coef=0.0, token_budget=32768,
+        learning_rate=1e-6, warmup_steps=10, decay=False, max_grad_norm=1.0, entropy_coef=0.0,
+        token_budget=32768,
         activation_checkpointing=True, engine_dtype="bfloat16", max_model_len=24576,
         max_response_tokens=8192, max_num_seqs=128, kv_cache_gib=0.0, logprob_gap_limit=0.1,
         description_chars=12000, preview_chars=6000, output_chars=4000, timeout=3600.0,
@@ -256,11 +275,12 @@ def validate(config: Config, world_size: int) -> None:
                  "learner_ranks", "tensor_parallel", "token_budget", "max_response_tokens"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")
-    for name in ("learning_rate", "temperature", "tau", "timeout", "cpu_seconds", "max_grad_norm"):
+    for name in ("learning_rate", "temperature", "tau", "timeout", "cpu_seconds", "max_grad_norm",
+                 "collective_timeout"):
         if not getattr(config, name) > 0:
             raise UserError(f"--{name.replace('_', '-')} must be greater than 0")
     for name in ("max_staleness", "eval_drafts", "kl_coef", "entropy_coef", "tis_cap", "max_depth",
-                 "gap_penalty"):
+                 "watchdog", "gap_penalty", "sandbox_delay"):
         if not getattr(config, name) >= 0:
             raise UserError(f"--{name.replace('_', '-')} must not be negative")
     if config.responses < 2:
@@ -276,8 +296,28 @@ def validate(config: Config, world_size: int) -> None:
     if rollout_ranks % config.tensor_parallel:
         raise UserError(f"--tensor-parallel {config.tensor_parallel} does not divide the "
                         f"{rollout_ranks} rollout ranks")
+    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UserError("--tensorboard: the package is not installed; pip install tensorboard")
     if not config.run_dir:
-        config.run_dir = f"runs/{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+        started = time.strftime("%Y%m%d-%H%M%S", time.localtime(start_of_run()))
+        config.run_dir = f"runs/{config.preset}-{started}"
+
+
+def start_of_run() -> float:
+    """Seconds since 1970. Under torchrun when its agent, our parent, was started: ranks that it
+    starts again must find the run directory of the ranks before them."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return time.time()
+    ticks = Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[19]
+    boot = Path("/proc/stat").read_text().partition("btime ")[2].split()[0]
+    return int(boot) + int(ticks) / os.sysconf("SC_CLK_TCK")
+
+
+def restarted_by_torchrun(config: Config) -> bool:
+    """Whether these ranks replace others of the same torchrun (--max-restarts), so that they have
+    to go on with its run directory; `launch` there names who wrote it."""
+    launch = Path(config.run_dir) / "launch"
+    return launch.exists() and launch.read_text() == f"{start_of_run():.2f}"
 
 
 def check_model(directory: str) -> None:
@@ -320,6 +360,8 @@ class Curriculum:
         self.tasks, self.results = tasks, results
         self.epoch = 0  # +1 with each resume
         self.trace_log = open(trace_log, "a") if trace_log else None
+        self.arrived = time.monotonic()  # when the last result came in
+        self.refused: dict[str, int] = defaultdict(int)  # submissions in a row, by competition
         self.changed = threading.Condition()
         self.version = 0  # learner version, as far as published
         self.handed = 0  # n of the staleness rule
@@ -332,7 +374,13 @@ class Curriculum:
         self.error: BaseException | None = None
 
     def start(self) -> None:
-        threading.Thread(target=self.run, name="curriculum", daemon=True).start()
+        """Begin, once the engines have the weights: what a checkpoint found in flight is handed out
+        again here."""
+        for task_id, version in self.in_flight.items():
+            self.tasks.put(Request(self.buffer.tasks[task_id], self.config.responses, version,
+                                   self.epoch))
+        self.thread = threading.Thread(target=self.run, name="curriculum", daemon=True)
+        self.thread.start()
 
     def run(self) -> None:
         try:
@@ -370,6 +418,7 @@ class Curriculum:
 
     def receive(self, result: Result) -> None:
         """File one result. Call with the lock held."""
+        self.arrived = time.monotonic()
         request, group = result.request, result.group
         if request.epoch != self.epoch:
             return  # handed out before a resume
@@ -379,17 +428,14 @@ class Curriculum:
         task_id = request.task.id
         version = self.in_flight.pop(task_id)
         if group is None:
-            # Nothing came of it (prompt too long): its place in the batch is given back.
+            # Its prompt is too long, by the parent's script and output: drafts were checked at the
+            # start. The task leaves, and its place in the batch is given back.
             self.skipped += 1
             self.handed -= 1
             self.issued -= 1
             self.sampler.release(task_id)
-            if request.task.operator != "draft":
-                self.buffer.remove(task_id)
-                self.sampler.remove(task_id)
-            elif self.skipped > 3 * len(self.buffer.tasks):
-                raise UserError(f"{request.task.competition_id}: {result.error}; raise "
-                                "--max-model-len or lower --description-chars, --preview-chars")
+            self.buffer.remove(task_id)
+            self.sampler.remove(task_id)
             return
         # The buffer first: its log may fail (disk full), and then nothing has happened yet.
         admitted, evicted = self.buffer.add(group, self.sampler.score, self.in_flight)
@@ -399,13 +445,14 @@ class Curriculum:
             for trace in group.traces:
                 self.trace_log.write(json.dumps(trace.public()) + "\n")
             self.trace_log.flush()
+        self.watch_grader(group)
         if version < self.version - self.config.max_staleness:
             self.dropped += 1  # only with stale=drop: wait never lets it come to this
             self.handed -= 1
             self.issued -= 1
             return
-        self.ready.append(result)
-        self.ready.sort(key=lambda r: r.group.policy_version)  # stable: then by arrival
+        # By age, then by arrival.
+        bisect.insort(self.ready, result, key=lambda r: r.group.policy_version)
 
     def follow(self, rewards, admitted, evicted) -> None:
         """Keep the sampler's tasks those of the buffer."""
@@ -414,6 +461,35 @@ class Curriculum:
         for task in admitted:
             self.sampler.add(task.id, task.competition_id, task.operator, prior_rewards=rewards,
                              parent_reward=task.parent.base_reward)
+
+    def watch_grader(self, group: Group) -> None:
+        """Say so when a competition refuses everything: perhaps it is its grader that is broken."""
+        competition, many = group.task.competition_id, 100
+        before = self.refused[competition]
+        for trace in group.traces:
+            if trace.valid:
+                self.refused[competition] = 0
+            elif trace.status == "invalid":
+                self.refused[competition] += 1
+                reason = trace.reason
+        if before < many <= self.refused[competition]:
+            print(f"warning: {competition} has refused {self.refused[competition]} submissions in "
+                  f"a row, the last because {reason}", file=sys.stderr, flush=True)
+
+    def describe(self) -> str:
+        """What the next batch waits for, in a line; for the watchdog."""
+        if not self.changed.acquire(timeout=1):
+            return "curriculum: at work on a result (its lock is taken)"
+        try:
+            text = (f"curriculum: {len(self.ready)} of the {self.config.groups} groups of a batch "
+                    f"are there, {len(self.in_flight)} tasks are in flight, "
+                    f"{self.tasks.qsize()} of them not taken up by a rollout thread")
+            if self.in_flight:
+                task_id, version = next(iter(self.in_flight.items()))
+                text += f"; the oldest is {task_id}, handed out at version {version}"
+            return text
+        finally:
+            self.changed.release()
 
     # -- the learner's side
 
@@ -490,32 +566,34 @@ class Curriculum:
                 "ready": [result.group.to_json() for result in self.ready],
             }
 
-    def load_state_dict(self, state: dict) -> None:
-        """Take up a checkpoint. Groups that finished after it feed the buffer and the sampler (from
-        the buffer's log), but are not learnt from: the policy that sampled them is abandoned."""
+    def load_state_dict(self, state: dict | None) -> None:
+        """Take up a checkpoint; None: there was none yet. Groups that finished after it feed the
+        buffer and the sampler (from the buffer's log), but are not learnt from: the policy that
+        sampled them is abandoned."""
         with self.changed:
-            self.epoch = state["epoch"] + 1
-            self.buffer.load_state_dict(state["buffer"])
-            self.sampler.load_state_dict(state["sampler"])
-            self.version, self.handed, self.issued = (
-                state["version"], state["handed"], state["issued"])
-            self.dropped, self.skipped = state["dropped"], state["skipped"]
-            self.ready = [Result(Request(g.task, len(g.traces), g.handout_version), g)
-                          for g in map(Group.from_json, state["ready"])]
-            waiting = dict(state["in_flight"])
+            waiting, epoch = {}, -1
+            if state:
+                epoch, waiting = state["epoch"], dict(state["in_flight"])
+                self.buffer.load_state_dict(state["buffer"])
+                self.sampler.load_state_dict(state["sampler"])
+                self.version, self.handed, self.issued = (
+                    state["version"], state["handed"], state["issued"])
+                self.dropped, self.skipped = state["dropped"], state["skipped"]
+                self.ready = [Result(Request(g.task, len(g.traces), g.handout_version), g)
+                              for g in map(Group.from_json, state["ready"])]
+            in_flight = len(waiting)
             for change in self.buffer.replay():
                 if change.rewards.size:  # none: a task was removed
                     self.sampler.update(change.task_id, change.rewards)
+                    epoch = max(epoch, change.epoch)
                 self.follow(change.rewards, change.admitted, change.evicted)
                 waiting.pop(change.task_id, None)
-            # What was in flight and has not come back is handed out again, at its old place in the
-            # staleness rule; the place of what came back is free.
-            self.handed -= len(state["in_flight"]) - len(waiting)
-            self.issued -= len(state["in_flight"]) - len(waiting)
+            self.epoch = epoch + 1
+            # What was in flight and has not come back keeps its old place in the staleness rule;
+            # the place of what came back is free.
+            self.handed -= in_flight - len(waiting)
+            self.issued -= in_flight - len(waiting)
             self.in_flight = waiting
-            for task_id, version in waiting.items():
-                self.tasks.put(Request(self.buffer.tasks[task_id], self.config.responses, version,
-                                       self.epoch))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -564,13 +642,13 @@ def batch_metrics(results: list[Result], version: int) -> dict:
         "staleness_mean": np.mean(staleness),
         "staleness_max": max(staleness),
         "unique_scripts": len({t.code_key for t in traces if t.code}),
-        "unchanged_rate": np.mean([g.task.parent is not None and t.code_key == g.task.parent.code_key
+        "unchanged_rate": np.mean([t.code_key in [p.code_key for p in g.task.parents]
                                    for g in groups for t in g.traces]),
         "response_tokens": np.mean([len(t.response_ids) for t in traces]),
         "seconds_rollout": np.mean([r.seconds_rollout for r in results]),
         "seconds_sandbox": np.mean([r.seconds_sandbox for r in results]),
     }
-    for operator in ("draft", "improve", "debug"):
+    for operator in OPERATORS:
         own = [t for t in traces if t.operator == operator]
         metrics[f"groups_{operator}"] = sum(g.task.operator == operator for g in groups)
         metrics[f"reward_{operator}"] = np.mean([t.reward for t in own]) if own else None
@@ -602,9 +680,29 @@ def evaluation_rows(results: list[Result]) -> list[dict]:
 
 
 def append_jsonl(path: Path, rows: list[dict]) -> None:
+    """Add lines to a file; numbers that are not finite become null, since JSON has no NaN."""
+    def plain(value):
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
     with open(path, "a") as file:
-        for row in rows:
-            file.write(json.dumps(row) + "\n")
+        file.write("".join(json.dumps({k: plain(v) for k, v in row.items()}) + "\n"
+                           for row in rows))
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """The rows of a file that a killed run has left; a torn last line is no row."""
+    if not path.exists():
+        return []
+    lines = path.read_text().split("\n")[:-1]  # what follows the last newline is torn, or nothing
+    return [json.loads(line) for line in lines]
+
+
+def rewrite_jsonl(path: Path, rows: list[dict]) -> None:
+    """Replace a file at one stroke: whoever is killed meanwhile leaves the old or the new one."""
+    new = path.with_name(path.name + ".new")
+    new.unlink(missing_ok=True)
+    append_jsonl(new, rows)
+    new.replace(path)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -615,8 +713,9 @@ class QueueServer:
     """Named `queue.Queue`s on rank 0, offered to the other processes over TCP.
 
     Whoever knows the random key may connect: it travels through the process group or a pipe, never
-    in arguments or the environment. As with gloo and NCCL, the network between the nodes is
-    trusted: the traffic is authenticated, not encrypted.
+    in arguments or the environment. Nothing that a peer without it sends is unpickled. As with
+    gloo and NCCL, the network between the nodes is trusted: the traffic is authenticated, not
+    encrypted.
     """
 
     def __init__(self, host: str = "127.0.0.1"):
@@ -629,6 +728,23 @@ class QueueServer:
         Manager.register("queue", callable=lambda name: self.queues[name])
         server = Manager(address=(host, 0), authkey=self.key).get_server()
         self.address = server.address
+        handle = server.handle_request
+
+        def handle_request(connection):
+            """Say when a peer is turned away: multiprocessing tells the peer, and nobody else."""
+            send = connection.send
+
+            def say(message):
+                if message[0] == "#TRACEBACK" and "_challenge" in message[1]:
+                    print("queue server: refused a connection that does not know the key",
+                          file=sys.stderr, flush=True)
+                else:
+                    send(message)
+
+            connection.send = say
+            handle(connection)
+
+        server.handle_request = handle_request
         threading.Thread(target=server.serve_forever, name="queues", daemon=True).start()
 
     def __call__(self, name: str) -> queue.Queue:
@@ -688,10 +804,17 @@ def start_guard(folders: list[Path]) -> None:
     torchrun does. Needs Linux 5.3 (pidfd_open).
     """
     leads = os.getsid(0) == os.getpid()
-    subprocess.Popen(
-        [sys.executable, "-ISc", GUARD, str(os.getpid()), str(os.getpid() if leads else 0),
-         *map(str, folders)],
-        start_new_session=True, stdin=subprocess.DEVNULL)
+    command = [sys.executable, "-ISc", GUARD, str(os.getpid()), str(os.getpid() if leads else 0),
+               *map(str, folders)]
+
+    def start():
+        return subprocess.Popen(command, start_new_session=True, stdin=subprocess.DEVNULL)
+
+    def replace(guard):
+        while guard.wait() < 0:  # killed by a signal
+            guard = start()
+
+    threading.Thread(target=replace, args=(start(),), name="guard", daemon=True).start()
 
 
 def die_with_parent() -> None:
@@ -741,9 +864,10 @@ def rollout_main(config: Config, rank: int, address, key: bytes) -> None:
 
     scratch = scratch_folder("rollout")
     start_guard([scratch])
-    ended = queue.Queue()  # None when there is nothing left to do, or the error
     connect = connect_queues(address, key)
-    weights, acks = connect(f"weights/{rank}"), connect("acks")
+    doing = {"now": lambda: "starts its engine"}
+    threading.Thread(target=answer_watchdog, name="watchdog", daemon=True,
+                     args=(rank, connect(f"watchdog/{rank}"), doing)).start()
     competitions = sum(load_splits(config), [])
     tokenizer = AutoTokenizer.from_pretrained(config.model)
     budget = PromptBudget(config.description_chars, config.preview_chars, config.output_chars)
@@ -756,17 +880,38 @@ def rollout_main(config: Config, rank: int, address, key: bytes) -> None:
                       cpu_seconds=config.cpu_seconds, memory_mb=config.memory_mb,
                       disk_mb=config.disk_mb, file_mb=config.disk_mb,
                       gpus=[config.sandbox_gpus] * config.sandbox_slots if config.sandbox_gpus
-                      else None, unsafe=config.unsafe, scratch=str(scratch))
+                      else None, unsafe=config.unsafe, scratch=str(scratch),
+                      delay=config.sandbox_delay, attempts=2)
     if sandbox.problem:
         print(f"rollout rank {rank}: scripts cannot be isolated here: {sandbox.problem}; --unsafe "
               "runs them without isolation", file=sys.stderr)
         leave(2)
+    prompter = Prompter(tokenizer, competitions, budget)
+    error = serve_rollouts(config, rank, connect, engine, sandbox, prompter, doing)
+    if error is not None:
+        lost = isinstance(error, (EOFError, ConnectionError))
+        print(f"rollout rank {rank}: " + ("the connection to rank 0 is lost" if lost else
+              f"{type(error).__name__}: {error}"), file=sys.stderr, flush=True)
+        os._exit(1)
+    sandbox.close()
+    engine.close()
+
+
+def serve_rollouts(config: Config, rank: int, connect, engine, sandbox, prompter: Prompter,
+                   doing: dict) -> BaseException | None:
+    """Roll out tasks and load published weights until rank 0 says that it is over.
+
+    Returns:
+        what ended it early, else None.
+    """
+    ended = queue.Queue()
+    weights, acks = connect(f"weights/{rank}"), connect("acks")
     worker = RolloutWorker(
-        connect("tasks"), connect("results"), engine, sandbox,
-        Prompter(tokenizer, competitions, budget),
+        connect("tasks"), connect("results"), engine, sandbox, prompter,
         RolloutConfig(config.max_response_tokens, config.temperature, config.reward,
                       config.timeout, config.gap_penalty),
         threads=config.rollout_threads, slots=config.sandbox_slots, on_error=ended.put)
+    doing["now"] = worker.describe
 
     def serve_weights():
         """Load each published version and answer with the probe's log-probabilities."""
@@ -780,14 +925,18 @@ def rollout_main(config: Config, rank: int, address, key: bytes) -> None:
             ended.put(error)
 
     threading.Thread(target=serve_weights, name="weights", daemon=True).start()
-    if (error := ended.get()) is not None:
-        lost = isinstance(error, (EOFError, ConnectionError))
-        print(f"rollout rank {rank}: " + ("rank 0 is gone" if lost else
-              f"{type(error).__name__}: {error}"), file=sys.stderr, flush=True)
-        os._exit(1)
-    worker.join()
-    sandbox.close()
-    engine.close()
+    if (error := ended.get()) is None:
+        worker.join()
+    return error
+
+
+def answer_watchdog(rank: int, questions, doing: dict) -> None:
+    """Say what this rank is doing whenever rank 0's watchdog asks."""
+    try:
+        while questions.get() is not None:
+            print(f"  rollout rank {rank}: {doing['now']()}", file=sys.stderr, flush=True)
+    except (EOFError, OSError):
+        pass  # rank 0 is gone: others notice that too
 
 
 def learner_config(config: Config):
@@ -796,9 +945,10 @@ def learner_config(config: Config):
 
     return LearnerConfig(
         learning_rate=config.learning_rate, warmup_steps=config.warmup_steps,
-        max_grad_norm=config.max_grad_norm, loss=config.loss, clip_low=config.clip_low,
-        clip_high=config.clip_high, tis_cap=config.tis_cap or None, kl_coef=config.kl_coef,
-        kl_kind=config.kl_kind, entropy_coef=config.entropy_coef, temperature=config.temperature,
+        decay_steps=config.steps if config.decay else 0, max_grad_norm=config.max_grad_norm,
+        loss=config.loss, clip_low=config.clip_low, clip_high=config.clip_high,
+        tis_cap=config.tis_cap or None, kl_coef=config.kl_coef, kl_kind=config.kl_kind,
+        entropy_coef=config.entropy_coef, temperature=config.temperature,
         token_budget=config.token_budget, max_response_tokens=config.max_response_tokens,
         dtype=config.learner_dtype, activation_checkpointing=config.activation_checkpointing)
 
@@ -829,11 +979,16 @@ class Run:
         self.rollout_ranks = rollout_ranks
         self.dir = Path(config.run_dir)
         self.step = 0  # batches consumed; learner.version counts those that changed the policy
+        self.stage = ("starts", time.monotonic())  # what this rank does, and since when
+        self.over = threading.Event()
         train, heldout = load_splits(config)
-        self.splits = {"train": [c.id for c in train], "heldout": [c.id for c in heldout]}
+        tokenizer = AutoTokenizer.from_pretrained(config.model)
+        self.splits = {"train": fitting(config, train, tokenizer, "training"),
+                       "heldout": fitting(config, heldout, tokenizer, "held-out")}
         buffer = EvolvingBuffer(self.splits["train"], capacity=config.capacity,
                                 max_depth=config.max_depth, children_per_group=config.children,
-                                enabled=config.buffer, log_path=self.dir / "groups.jsonl")
+                                enabled=config.buffer, crossover=config.crossover,
+                                log_path=self.dir / "groups.jsonl")
         sampler = AdaptiveSampler(config.sampler, tau=config.tau, epsilon=config.epsilon,
                                   seed=config.seed)
         for task in buffer.roots():
@@ -841,39 +996,94 @@ class Run:
         self.curriculum = Curriculum(config, buffer, sampler, queues("tasks"), queues("results"),
                                      self.dir / "traces.jsonl")
         # Any fixed text will do: it is scored, not answered.
-        tokenizer = AutoTokenizer.from_pretrained(config.model)
         self.probe = tokenizer.encode(train[0].description * 4, add_special_tokens=False)[:256]
+        self.evaluated = False  # before training
         if resume:
             self.restore()
 
     def everyone(self, method: str, *arguments):
         """Call a method of the learner on every learner rank; most of them are collectives."""
+        self.begin(f"learner.{method}")
         for orders in self.followers:
             orders.put((method, arguments))
         return getattr(self.learner, method)(*arguments)
+
+    def begin(self, stage: str) -> None:
+        self.stage = (stage, time.monotonic())
+
+    def watchdog(self) -> None:
+        """Have every part say what it is waiting for when no group arrives for too long."""
+        limit = self.config.watchdog
+        quiet_since = time.monotonic()
+        while not self.over.wait(limit / 20):
+            now = time.monotonic()
+            quiet_since = max(quiet_since, self.curriculum.arrived)
+            if now - quiet_since < limit:
+                continue
+            stage, since = self.stage
+            lines = [f"no group has arrived for {now - self.curriculum.arrived:.0f} s:",
+                     f"  rank 0: {stage}, for {now - since:.0f} s",
+                     f"  {self.curriculum.describe()}"]
+            lines += [f"  learner rank {rank}: {orders.qsize()} orders not taken up"
+                      for rank, orders in enumerate(self.followers, 1)]
+            print("\n".join(lines), file=sys.stderr, flush=True)
+            for rank in self.rollout_ranks:  # they add their own lines
+                self.queues(f"watchdog/{rank}").put(True)
+            quiet_since = now
 
     # -- the loop
 
     def run(self) -> None:
         from tqdm import tqdm
 
-        config, curriculum, learner = self.config, self.curriculum, self.learner
+        config = self.config
+        if config.watchdog:
+            threading.Thread(target=self.watchdog, name="watchdog", daemon=True).start()
         self.publish()
-        curriculum.start()
-        if self.step == 0:
+        self.curriculum.start()
+        if not self.evaluated:
             self.evaluate("before")
-        bar = tqdm(total=config.steps, initial=self.step, desc="training", unit="step",
-                   dynamic_ncols=True)
+        with tqdm(total=config.steps, initial=self.step, desc="training", unit="step",
+                  dynamic_ncols=True) as bar:
+            self.learn(bar)
+        self.evaluate("after")
+        ranks = range(self.rollout_ranks[0], self.rollout_ranks[-1] + config.tensor_parallel)
+        for orders in self.followers + [self.queues(f"weights/{rank}") for rank in ranks]:
+            orders.put(None)
+        for rank in self.rollout_ranks:
+            self.queues(f"watchdog/{rank}").put(None)
+        self.queues("tasks").put(None)
+        self.over.set()
+
+    def learn(self, bar) -> None:
+        """All steps that are left."""
+        config, curriculum, learner = self.config, self.curriculum, self.learner
+        dull = 0  # steps in a row that had nothing to learn from
+        board = None
+        if config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # The steps that a resumed run takes again replace the earlier ones.
+            board = SummaryWriter(self.dir / "tensorboard", purge_step=self.step + 1)
         while self.step < config.steps:
             started = time.monotonic()
+            self.begin("waits for a batch")
             results = curriculum.next_batch()
             waited = time.monotonic()
             version = learner.version
             metrics = {"step": self.step + 1, "policy_version": version,
                        **batch_metrics(results, version)}
             sequences = make_batch(results, config)
+            dull = 0 if sequences else dull + 1
             if sequences:
                 metrics |= self.everyone("step", sequences)
+            if metrics.get("skipped"):
+                print(f"warning: step {self.step + 1}: loss or gradient is not finite; the policy "
+                      "stays as it was", file=sys.stderr, flush=True)
+            if dull and dull % 10 == 0:
+                print(f"warning: {dull} steps in a row without anything to learn from: within each "
+                      f"group all rewards are equal ({metrics['reward_mean']:.3f} on average in the "
+                      "last batch)", file=sys.stderr, flush=True)
             learnt = time.monotonic()
             metrics["logprob_gap"] = self.publish() if learner.version != version else None
             synced = time.monotonic()
@@ -886,6 +1096,11 @@ class Run:
                         "seconds_sync": synced - learnt,
                         "seconds_step": time.monotonic() - started}
             append_jsonl(self.dir / "metrics.jsonl", [{**EMPTY_METRICS, **metrics}])
+            if board:
+                for name, value in metrics.items():
+                    if value is not None:
+                        board.add_scalar(name, value, self.step)
+                board.flush()
             bar.update()
             bar.set_postfix(
                 reward=f"{metrics['reward_mean']:.2f}", valid=f"{metrics['valid_rate']:.0%}",
@@ -893,12 +1108,6 @@ class Run:
                 tasks=len(curriculum.buffer))
             if self.step % config.checkpoint_every == 0 or self.step == config.steps:
                 self.save()
-        bar.close()
-        self.evaluate("after")
-        ranks = range(self.rollout_ranks[0], self.rollout_ranks[-1] + config.tensor_parallel)
-        for orders in self.followers + [self.queues(f"weights/{rank}") for rank in ranks]:
-            orders.put(None)
-        self.queues("tasks").put(None)
 
     def publish(self) -> float:
         """Give every engine the learner's weights, and check that it samples with them.
@@ -921,6 +1130,7 @@ class Run:
         own = self.everyone("score", self.probe, 1.0)  # (T - 1,)
         for rank in self.rollout_ranks:
             self.queues(f"weights/{rank}").put((str(directory), version, self.probe))
+        self.begin("waits for the engines to take over the weights")
         gaps = []
         for _ in self.rollout_ranks:
             answer = self.queues("acks").get()
@@ -950,6 +1160,7 @@ class Run:
 
         if not self.config.eval_drafts:
             return
+        self.begin(f"waits for the drafts {when} training")
         requests = [Request(Task.root(c), self.config.eval_drafts, self.learner.version,
                             self.curriculum.epoch, f"{when}/{split}")
                     for split, ids in self.splits.items() for c in ids]
@@ -967,41 +1178,67 @@ class Run:
     # -- checkpoints
 
     def save(self) -> None:
-        """Write checkpoints/step_N; it counts only once its DONE file exists."""
+        """Write checkpoints/step_N, complete only once its DONE file exists, and policy/."""
         folder = self.dir / "checkpoints" / f"step_{self.step}"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         self.everyone("save", str(folder / "learner"))
         state = {"step": self.step, "epoch": self.curriculum.epoch, **self.curriculum.state_dict()}
-        (folder / "curriculum.json").write_text(json.dumps(state))
-        (folder / "DONE").touch()
+        with open(folder / "curriculum.json", "w") as file:
+            json.dump(state, file)
+            file.flush()
+            os.fsync(file.fileno())
         self.everyone("publish", self.dir / "policy")
-        complete = sorted((p.parent for p in self.dir.glob("checkpoints/step_*/DONE")),
-                          key=checkpoint_step)
-        for old in complete[:-self.config.keep_checkpoints]:
+        sizes = {str(path.relative_to(folder)): path.stat().st_size
+                 for path in sorted(folder.rglob("*")) if path.is_file()}
+        done = folder / "DONE.new"
+        done.write_text(json.dumps(sizes))
+        done.rename(folder / "DONE")
+        for old in self.checkpoints()[:-self.config.keep_checkpoints]:
+            (old / "DONE").unlink()  # first, so that what is left of it never counts
             shutil.rmtree(old)
 
+    def checkpoints(self) -> list[Path]:
+        """The complete ones, oldest first."""
+        return sorted((p.parent for p in self.dir.glob("checkpoints/step_*/DONE")),
+                      key=checkpoint_step)
+
     def restore(self) -> None:
-        """Go on from the last complete checkpoint; without one, from the start."""
-        complete = sorted((p.parent for p in self.dir.glob("checkpoints/step_*/DONE")),
-                          key=checkpoint_step)
-        if not complete:
-            raise UserError(f"--resume {self.dir}: no complete checkpoint there; start a new run")
-        folder = complete[-1]
+        """Go on from the last complete checkpoint; before the first one, from the start."""
+        complete = self.checkpoints()
+        for folder in self.dir.glob("checkpoints/step_*"):
+            if folder not in complete:  # a kill has left it
+                shutil.rmtree(folder)
+        state = None
+        if complete:
+            folder = complete[-1]
+            try:
+                for name, size in json.loads((folder / "DONE").read_text()).items():
+                    if (folder / name).stat().st_size != size:
+                        raise ValueError(f"{name} does not have its {size} bytes")
+                state = json.loads((folder / "curriculum.json").read_text())
+                self.everyone("load", str(folder / "learner"))
+                self.step = state["step"]
+            except (OSError, ValueError, KeyError) as error:
+                remedy = ("delete it to go on from the one before it" if len(complete) > 1
+                          else "start a new run")
+                raise UserError(f"--resume {self.dir}: checkpoint {folder.name} cannot be read "
+                                f"({error}); {remedy}")
+            if state["buffer"]["competition_ids"] != self.splits["train"]:
+                raise UserError(
+                    f"--resume {self.dir}: its checkpoint is of other training competitions; give "
+                    "the --competitions and the limits of prompts that the run began with")
         try:
-            state = json.loads((folder / "curriculum.json").read_text())
-            self.everyone("load", str(folder / "learner"))
-            self.step = state["step"]
             self.curriculum.load_state_dict(state)
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"--resume {self.dir}: {folder.name} cannot be read ({error!r}); "
-                            "delete it to go on from the checkpoint before it")
-        # Steps after the checkpoint are taken again.
-        metrics = self.dir / "metrics.jsonl"
-        if metrics.exists():
-            rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-            metrics.unlink()
-            append_jsonl(metrics, [r for r in rows if r["step"] <= self.step])
+            mend_traces(self.dir)
+        except ValueError as error:
+            raise UserError(f"--resume {self.dir}: {error}; start a new run")
+        # Steps after the checkpoint are taken again, and so is an evaluation after the end.
+        metrics, drafts = self.dir / "metrics.jsonl", self.dir / "eval.jsonl"
+        rewrite_jsonl(metrics, [r for r in read_jsonl(metrics) if r["step"] <= self.step])
+        before = [r for r in read_jsonl(drafts) if r["when"] == "before"]
+        self.evaluated = self.step > 0 or len(before) == sum(map(len, self.splits.values()))
+        rewrite_jsonl(drafts, before if self.evaluated else [])
         print(f"resuming {self.dir} after step {self.step}", flush=True)
 
 
@@ -1010,6 +1247,21 @@ EMPTY_METRICS = dict.fromkeys(
     "step policy_version reward_mean reward_std valid_rate medal_rate groups groups_trained tokens "
     "staleness_mean staleness_max loss grad_norm kl clip_frac entropy is_ratio_mean logprob_gap "
     "unique_scripts".split())
+
+
+def mend_traces(run_dir: Path) -> None:
+    """Make traces.jsonl complete: a kill may have come after the last group was logged and before
+    its traces were, or within a line."""
+    if not (run_dir / "groups.jsonl").exists():
+        return
+    with open(run_dir / "groups.jsonl", "rb") as log, open(run_dir / "traces.jsonl", "ab+") as file:
+        traces = json.loads(last_line(log)[1] or b"{}").get("traces", [])
+        end, last = last_line(file)
+        file.truncate(end)
+        written = [t["id"] for t in traces]
+        if last and (name := json.loads(last)["id"]) in written:
+            traces = traces[written.index(name) + 1:]
+        file.write(b"".join(json.dumps(t).encode() + b"\n" for t in traces))
 
 
 def checkpoint_step(folder: Path) -> int:
@@ -1025,6 +1277,29 @@ def load_splits(config: Config) -> tuple[list, list]:
         raise UserError(f"--heldout {config.heldout}: {min(both)} is a training competition too; "
                         "--allow-overlap lets it be both")
     return train, heldout
+
+
+def fitting(config: Config, competitions: list, tokenizer, kind: str) -> list[str]:
+    """Ids of the competitions whose draft prompt leaves room for a response; the others are
+    counted and left out, since a prompt is never cut.
+
+    Raises:
+        UserError: none is left.
+    """
+    budget = PromptBudget(config.description_chars, config.preview_chars, config.output_chars)
+    prompter = Prompter(tokenizer, competitions, budget)
+    lengths = {c.id: len(prompter(Task.root(c.id))) for c in competitions}
+    room = config.max_model_len - config.max_response_tokens
+    long = {c: length for c, length in lengths.items() if length > room}
+    if long:
+        text = (f"{len(long)} of {len(lengths)} {kind} competitions leave no room for a response of "
+                f"{config.max_response_tokens} tokens, {max(long, key=long.get)} with a prompt of "
+                f"{max(long.values())} tokens: raise --max-model-len (it is {config.max_model_len}) "
+                "or lower --description-chars, --preview-chars")
+        if len(long) == len(lengths) and kind == "training":
+            raise UserError(text)
+        print(f"warning: left out: {text}", file=sys.stderr, flush=True)
+    return [c for c in lengths if c not in long]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1044,7 +1319,11 @@ def child_main(config: Config, address, key: bytes) -> None:
     os.setsid()
     die_with_parent()
     exit_on_sigterm()
-    rollout_main(config, 1, address, key)
+    try:
+        rollout_main(config, 1, address, key)
+    except BaseException:
+        traceback.print_exc()
+        leave(1)
     leave(0)
 
 
@@ -1060,6 +1339,7 @@ def train(config: Config, resume: bool) -> None:
     """Play this process's role until the run is over."""
     import torch
     import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
 
     world = int(os.environ.get("WORLD_SIZE", 1))
     rank = int(os.environ.get("RANK", 0))
@@ -1069,7 +1349,16 @@ def train(config: Config, resume: bool) -> None:
     if world > 1:
         die_with_parent()
         exit_on_sigterm()
-        dist.init_process_group("gloo")
+        timeout = timedelta(seconds=config.collective_timeout)
+        store, _, _ = next(rendezvous("env://"))
+        if one_node:
+            # torchrun keeps one store for all its restarts, full of the addresses of dead ranks
+            # (pytorch #135712). Agents of several nodes count their restarts apart: see README.
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            store = dist.PrefixStore(f"attempt_{attempt}", store)
+        store.set(f"here_{rank}", "")  # the timeout is for what follows, not for a slow start
+        store.wait([f"here_{r}" for r in range(world)])
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timeout)
     if rank == 0:
         # Other nodes reach rank 0 where torchrun's own rendezvous reaches it.
         queues = QueueServer("127.0.0.1" if one_node else os.environ["MASTER_ADDR"])
@@ -1079,7 +1368,8 @@ def train(config: Config, resume: bool) -> None:
     if world > 1:
         dist.broadcast_object_list(contact, src=0)
         backend = "nccl" if torch.cuda.is_available() else "gloo"
-        group = dist.new_group(list(range(config.learner_ranks)), backend=backend)
+        group = dist.new_group(list(range(config.learner_ranks)), backend=backend,
+                               timeout=timeout)
     hide_torchrun()
     address, key = contact[0]
 
@@ -1147,7 +1437,9 @@ def prepare_run_dir(config: Config, resume: bool, splits: tuple[list, list]) -> 
     if not resume and run_dir.exists() and any(run_dir.iterdir()):
         raise UserError(f"--run-dir {run_dir}: not empty; use --resume {run_dir} to go on with it, "
                         "or another directory")
-    run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    run_dir.chmod(0o700)
+    (run_dir / "launch").write_text(f"{start_of_run():.2f}")
     (run_dir / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
     ids = {name: [c.id for c in own] for name, own in zip(("train", "heldout"), splits)}
     (run_dir / "splits.json").write_text(json.dumps(ids, indent=1) + "\n")
@@ -1178,17 +1470,17 @@ def print_plan(config: Config, splits: tuple[list, list]) -> None:
 
 
 def how_to_go_on(config: Config | None) -> str:
-    if config and any(Path(config.run_dir).glob("checkpoints/step_*/DONE")):
+    if config and (Path(config.run_dir) / "config.json").exists():
         return f"go on with --resume {config.run_dir}"
-    return "there is no checkpoint to go on from yet (--checkpoint-every)"
+    return "nothing was written yet"
 
 
 def main(argv: list[str] | None = None) -> int:
     config = None
-    first = os.environ.get("RANK", "0") == "0"
+    rank = int(os.environ.get("RANK", 0))
 
     def say(text: str) -> None:
-        if first:
+        if rank == 0:
             print(text, file=sys.stderr, flush=True)
 
     try:
@@ -1198,14 +1490,15 @@ def main(argv: list[str] | None = None) -> int:
         check_model(config.model)
         splits = load_splits(config)
         if arguments.dry_run:
-            if first:
+            if rank == 0:
                 print_plan(config, splits)
             return 0
-        if first:
-            prepare_run_dir(config, bool(arguments.resume), splits)
+        resume = bool(arguments.resume) or restarted_by_torchrun(config)
+        if rank == 0:
+            prepare_run_dir(config, resume, splits)
             print(f"run directory: {config.run_dir}", flush=True)
-        train(config, bool(arguments.resume))
-        if first:
+        train(config, resume)
+        if rank == 0:
             print(f"done: {config.run_dir}/metrics.jsonl, eval.jsonl, policy/", flush=True)
         return 0
     except (UserError, CompetitionError) as error:
@@ -1214,11 +1507,19 @@ def main(argv: list[str] | None = None) -> int:
     except WorkerDied as error:
         say(f"train.py: {error}; {how_to_go_on(config)}")
         return 1
-    except BaseException:
-        if not INTERRUPTED.is_set():  # a checkpoint being written turns it into another exception
-            raise
-        say(f"\ninterrupted; {how_to_go_on(config)}")
-        return 130
+    except BaseException as error:
+        if INTERRUPTED.is_set():  # a checkpoint being written turns it into another exception
+            say(f"\ninterrupted; {how_to_go_on(config)}")
+            return 130
+        if rank > 0 and isinstance(error, (EOFError, ConnectionError)):
+            print(f"rank {rank}: the connection to rank 0 is lost", file=sys.stderr, flush=True)
+        elif rank == 0 and config and isinstance(error, OSError):  # a full disk, most of all
+            free = shutil.disk_usage(Path(config.run_dir).parent).free / 1e9
+            say(f"train.py: {error} ({free:.1f} GB are free beside {config.run_dir}); "
+                f"{how_to_go_on(config)}")
+        else:
+            traceback.print_exc()
+        return 1
 
 
 if __name__ == "__main__":

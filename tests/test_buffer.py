@@ -85,7 +85,7 @@ def test_failed_opens_debug_and_valid_opens_improve(buffer, root):
     assert [(t.id, t.operator, t.depth) for t in admitted] == [
         ("iris/improve/good", "improve", 1), ("iris/debug/bad", "debug", 1)]
     assert admitted[0].parent.code == "print('good')" and evicted == []
-    assert buffer.counts() == {"draft": 2, "improve": 1, "debug": 1}
+    assert buffer.counts() == {"draft": 2, "improve": 1, "debug": 1, "crossover": 0}
 
 
 def test_a_parent_keeps_no_tokens(buffer, root):
@@ -156,6 +156,66 @@ def test_without_the_buffer_only_roots(root):
     assert buffer.add(Group(root, [trace(root, "a", 0.5), trace(root, "b")])) == ([], [])
     assert list(buffer.tasks) == ["iris/draft", "wine/draft"]
     assert buffer.statistics()["operator"]["draft"]["traces"] == 2
+
+
+# ---- crossover
+
+
+def crossing_buffer(**options):
+    """Holds two valid scripts of iris, 0.4 and 0.6, and one of wine."""
+    buffer = EvolvingBuffer(["iris", "wine"], crossover=True, **options)
+    for competition, key, base in (("iris", "f4", 0.4), ("iris", "f6", 0.6), ("wine", "f9", 0.9)):
+        root = buffer.tasks[f"{competition}/draft"]
+        buffer.add(Group(root, [trace(root, key, base)]))
+    return buffer, buffer.tasks["iris/draft"]
+
+
+def test_a_crossover_has_the_groups_best_and_the_buffers_best_as_parents():
+    buffer, root = crossing_buffer()
+    admitted, _ = buffer.add(Group(root, [trace(root, "a", 0.3), trace(root, "b", 0.5)]))
+    assert [t.id for t in admitted] == [
+        "iris/improve/b", "iris/improve/a", "iris/crossover/b+f6"]
+    task = admitted[-1]
+    assert [t.code_key for t in task.parents] == ["f6", "b"]  # the better one first
+    assert (task.operator, task.depth, task.lineage) == ("crossover", 1, ("iris/draft",))
+    assert buffer.counts()["crossover"] == 2  # f4 and f6 were crossed when f6 came
+    copy = Task.from_json(json.loads(json.dumps(task.to_json())))
+    assert [t.code_key for t in copy.parents] == ["f6", "b"] and copy.to_json() == task.to_json()
+
+
+def test_a_crossover_takes_one_of_the_k_places():
+    buffer, root = crossing_buffer(children_per_group=2)
+    traces = [trace(root, key, base) for key, base in (("a", 0.2), ("b", 0.3), ("c", 0.5))]
+    assert [t.operator for t in buffer.add(Group(root, traces))[0]] == ["improve", "crossover"]
+
+
+def test_a_pair_is_crossed_once_then_the_next_best_partner_is_taken():
+    buffer, root = crossing_buffer()
+    group = Group(root, [trace(root, "b", 0.5)])
+    names = [t.id for _ in range(3) for t in buffer.add(group)[0] if t.operator == "crossover"]
+    assert names == ["iris/crossover/b+f6", "iris/crossover/b+f4"]
+
+
+def test_no_crossover_without_the_option_without_two_parents_or_beyond_the_depth():
+    buffer, root = crossing_buffer()
+    off, first = EvolvingBuffer(["iris"]), EvolvingBuffer(["iris"], crossover=True)
+    for other in (off, first):
+        task = other.tasks["iris/draft"]
+        other.add(Group(task, [trace(task, "f4", 0.4), trace(task, "f6", 0.6)]))
+        assert other.counts()["crossover"] == 0  # nothing was held yet
+    off.add(Group(root, [trace(root, "b", 0.5)]))
+    assert off.counts()["crossover"] == 0
+    assert "crossover" not in {t.operator for t in buffer.add(Group(root, [trace(root, "x")]))[0]}
+    buffer.max_depth = 0
+    assert buffer.add(Group(root, [trace(root, "y", 0.5)])) == ([], [])
+
+
+def test_what_a_crossover_brings_forth_is_improved_or_mended_like_anything_else():
+    buffer, root = crossing_buffer()
+    task = buffer.add(Group(root, [trace(root, "b", 0.5)]))[0][-1]
+    admitted, _ = buffer.add(Group(task, [trace(task, "c", 0.7), trace(task, "d")]))
+    assert [t.id for t in admitted] == ["iris/improve/c", "iris/debug/d", "iris/crossover/c+f6"]
+    assert buffer.ancestry("iris/debug/d") == ["iris/draft", task.id, "iris/debug/d"]
 
 
 # ---- capacity
@@ -379,11 +439,12 @@ steps = st.lists(st.tuples(st.integers(0, 999), st.lists(outcomes, min_size=1, m
 
 
 @settings(max_examples=60, deadline=None)
-@given(steps=steps, capacity=st.integers(2, 12), k=st.integers(1, 4), stop=st.integers(0, 25))
-def test_properties_of_any_history(tmp_path_factory, steps, capacity, k, stop):
+@given(steps=steps, capacity=st.integers(2, 12), k=st.integers(1, 4), stop=st.integers(0, 25),
+       crossover=st.booleans())
+def test_properties_of_any_history(tmp_path_factory, steps, capacity, k, stop, crossover):
     """Capacity and depth hold, roots and protected stay, replay and save/load give the snapshot."""
     path = tmp_path_factory.mktemp("log") / "groups.jsonl"
-    options = dict(capacity=capacity, children_per_group=k, max_depth=3)
+    options = dict(capacity=capacity, children_per_group=k, max_depth=3, crossover=crossover)
     buffer = EvolvingBuffer(["iris", "wine"], log_path=path, **options)
     saved = json.loads(json.dumps(buffer.state_dict()))
     for number, (pick, group, protect, salt) in enumerate(steps):

@@ -22,6 +22,7 @@ import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+SECRET = "canary-5bd1c6"  # in the environment of every run
 COMPETITIONS = {"train": ("rail-wear", "hive-swarms", "tide-mills"), "heldout": ("loom-breaks",)}
 
 
@@ -89,11 +90,12 @@ class Started:
     def __init__(self, command: list[str], log: Path):
         self.log, self.shm, self.time = log, shared_memory(), time.time()
         self.temporary = tempfile.mkdtemp(dir=log.parent)
-        with open(log, "w") as output:
+        with open(log, "a") as output:
             self.process = subprocess.Popen(
                 command, stdout=output, stderr=subprocess.STDOUT, cwd=log.parent,
                 start_new_session=True,
                 env={**os.environ, "ACEGRPO_TEST": str(log), "OMP_NUM_THREADS": "1",
+                     "SECRET_TOKEN": SECRET,
                      "TMPDIR": self.temporary})
 
     def alive(self) -> list[psutil.Process]:
@@ -170,6 +172,8 @@ def test_torchrun_with_two_ranks(world, tmp_path):
     run.finish(300)
     check_run(tmp_path / "run", 3)
     run.assert_nothing_stays()
+    for path in [run.log, *(tmp_path / "run").rglob("*")]:
+        assert path.is_dir() or SECRET.encode() not in path.read_bytes(), path
     assert (tmp_path / "run").stat().st_mode & 0o077 == 0
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 2  # pruned to the last two
 

@@ -444,6 +444,6 @@ def test_the_file_imports_nothing_but_torch():
 
 
 def test_worked_example_runs(capsys):
-    grpo._example()
+    grpo.main()
     out = capsys.readouterr().out
     assert all(kind in out for kind in grpo.LOSSES)

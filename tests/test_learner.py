@@ -10,6 +10,8 @@ import doctest
 import json
 import math
 import os
+import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -352,6 +354,19 @@ def test_a_step_that_is_not_finite_changes_nothing(models):
     assert all(torch.equal(after[n], p) for n, p in parameters(learner).items())
 
 
+def test_a_policy_that_emits_only_the_stop_token_can_be_trained(models):
+    """Such responses add no token to the row: they are predicted from the prompt's last one."""
+    learner, sequences = L.Learner(models["qwen3"], make_config(entropy_coef=0.0)), []
+    prompt = np.arange(1, 9, dtype=np.int32)
+    for token, advantage in ((3, 1.0), (5, -1.0)):
+        tokens = np.append(prompt, np.int32(token))
+        sequences.append(L.Sequence(tokens, 8, learner.score(tokens)[-1:], advantage))
+    before = np.array([learner.score(s.tokens)[-1] for s in sequences])
+    metrics = learner.step(sequences)
+    gain = np.array([learner.score(s.tokens)[-1] for s in sequences]) - before
+    assert metrics["tokens"] == 2 and not metrics["skipped"] and gain[0] > 0 > gain[1]
+
+
 def test_truncated_importance_sampling_bounds_the_weights(models):
     sequences = make_sequences()
     free = L.Learner(models["qwen3"], make_config(loss="dapo"), device="cpu")
@@ -482,6 +497,35 @@ def test_a_loaded_learner_goes_on_bit_for_bit(models, tmp_path):
     assert [again.step(make_sequences(seed=seed)) for seed in (2, 3)] == first
     expected = parameters(learner)
     assert all(torch.equal(expected[n], p) for n, p in parameters(again).items())
+
+
+def test_a_full_disk_is_an_os_error(models, tmp_path):
+    learner = L.Learner(models["qwen3"], make_config(), device="cpu")
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, old[1]))
+    try:
+        for write in (learner.save, learner.publish):
+            with pytest.raises(OSError, match="cannot be written"):
+                write(tmp_path / "full")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    learner.publish(tmp_path / "full")  # there is room again
+
+
+def test_a_damaged_or_foreign_checkpoint_is_an_os_error(models, tmp_path):
+    learner = L.Learner(models["qwen3"], make_config(), device="cpu")
+    learner.save(tmp_path / "good")
+    damages = [lambda d: os.truncate(d / "__0_0.distcp", 1000), lambda d: os.truncate(
+        d / ".metadata", 100), lambda d: (d / "__0_0.distcp").unlink(), shutil.rmtree]
+    for number, damage in enumerate(damages):
+        shutil.copytree(tmp_path / "good", tmp_path / f"bad{number}")
+        damage(tmp_path / f"bad{number}")
+        with pytest.raises(OSError, match=f"bad{number} cannot be loaded"):
+            learner.load(tmp_path / f"bad{number}")
+    for family in ("qwen3_untied", "qwen3_moe"):
+        with pytest.raises(OSError, match="cannot be loaded"):
+            L.Learner(models[family], make_config(), device="cpu").load(tmp_path / "good")
+    learner.load(tmp_path / "good")
 
 
 # ----------------------------------------------------------------------------- memory plan

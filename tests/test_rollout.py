@@ -1,5 +1,6 @@
 """Prompts, code extraction, rollouts and the agent, with fakes: python -m pytest tests/test_rollout.py"""
 
+import dataclasses
 import doctest
 import gzip
 import json
@@ -276,6 +277,25 @@ def test_memory_is_what_worked_with_design_result_and_validation_score(competiti
     assert "plan of" not in plain and "# Memory" not in plain
 
 
+def test_prompts_of_each_operator_to_the_letter(competition):
+    """A policy is taught these prompts: they must not change unnoticed."""
+    parents = [Trace(f"p{n}", "toy/draft", "toy", "draft", code=f"print({n})\n", valid=True,
+                     validation_score=n / 2) for n in (1, 2)]
+    head = f"{rollout.INSTRUCTIONS}\n\nPredict the price.\n\n# Data\ncolumns"
+    one = "# Script\n```python\nprint(1)\n```\n# Output\nvalidation score: 0.5"
+    two = "# Second script\n```python\nprint(2)\n```\n# Output\nvalidation score: 1"
+    for operator, parts in {
+            "draft": ["# Task\nWrite a first script."],
+            "improve": [one, "# Task\nWrite a better script."],
+            "debug": [one, "# Task\nFix the script."],
+            "crossover": [one, two, "# Task\nWrite a script that combines the best of both."]}.items():
+        task = Task("x", "toy", operator, 1, *(parents[:1] if len(parts) > 1 else ()))
+        if operator == "crossover":
+            task = dataclasses.replace(task, second=parents[1])
+        (message,) = task_messages(competition, task, PromptBudget(), preview="columns\n")
+        assert message == {"role": "user", "content": "\n\n".join([head, *parts])}
+
+
 def roll(task, **config):
     with ThreadPoolExecutor(1) as pool:
         return rollout.rollout(Request(task, 6, handout_version=3), FakeEngine(), FakeSandbox(),
@@ -301,6 +321,21 @@ def test_improve_pays_for_beating_the_parent_and_not_for_copying_it():
             bonus = 0.5 * max(trace.base_reward - parent.base_reward, 0)
             expected = min(trace.base_reward + bonus, 1) * (trace.code_key != parent.code_key)
             assert trace.reward == pytest.approx(expected)
+
+
+def test_a_crossover_pays_for_beating_the_better_parent_and_not_for_copying_either():
+    group = roll(Task.root("toy")).group
+    better, other = sorted((t for t in group.traces if t.valid), key=lambda t: -t.base_reward)[:2]
+    task = Task("toy/crossover/x", "toy", "crossover", 1, better, second=other)
+    traces = roll(task).group.traces
+    for trace in traces:
+        bonus = 0.5 * max(trace.base_reward - better.base_reward, 0)
+        assert trace.reward == pytest.approx(min(trace.base_reward + bonus, 1) if trace.valid else 0)
+    assert any(t.base_reward > better.base_reward for t in traces)
+    for copied in (better, other):
+        again = rollout.execute(dataclasses.replace(copied), task, SimpleNamespace(id="toy"),
+                                FakeSandbox(), RolloutConfig())
+        assert again.valid and again.reward == 0
 
 
 def test_a_prompt_without_room_for_the_response_is_refused_not_cut():
@@ -348,6 +383,19 @@ def test_search_drafts_first_then_debugs_or_improves(competition):
     never = AgentConfig(drafts=2, debug_probability=0.0)
     task = choose_task(competition, failed, never, rng)
     assert (task.operator, task.parent.id) == ("improve", "b")
+
+
+def test_search_crosses_the_two_best_only_when_asked_to(competition):
+    import random
+
+    traces = [dataclasses.replace(trace(name, True, score), code_key=name)
+              for name, score in (("a", 1.0), ("b", 3.0), ("c", 2.0))]
+    agent = AgentConfig(drafts=1, crossover_probability=1.0)
+    task = choose_task(competition, traces, agent, random.Random(0))
+    assert task.operator == "crossover" and [t.id for t in task.parents] == ["a", "c"]
+    assert choose_task(competition, traces[:1], agent, random.Random(0)).operator == "improve"
+    assert choose_task(competition, traces, AgentConfig(drafts=1),
+                       random.Random(0)).operator == "improve"
 
 
 def test_agent_run_and_report(competition, tmp_path):

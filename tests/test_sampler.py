@@ -255,7 +255,7 @@ def test_unknown_ids_are_errors_and_groups_of_removed_tasks_are_counted():
 
 @pytest.mark.parametrize("call, message", [
     (lambda s: s.add("a/draft", "a", "draft"), "already"),
-    (lambda s: s.add("x", "a", "crossover"), "unknown operator"),
+    (lambda s: s.add("x", "a", "mutate"), "unknown operator"),
     (lambda s: s.update("a/draft", []), "finite"),
     (lambda s: s.update("a/draft", [0.0, float("nan")]), "finite"),
     (lambda s: AdaptiveSampler(tau=0), "out of range"),

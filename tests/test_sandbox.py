@@ -220,6 +220,7 @@ def test_ranks_and_medals_on_a_board_with_ties(tmp_path, lower):
         ("return float('inf')", "finite"),
         ("return 'high'", "could not convert"),
         ("return 1 / 0", "division"),
+        ("raise SystemExit(3)", "SystemExit"),
         ("answers.drop(columns='y', inplace=True); raise ValueError(len(answers.columns))", "2"),
     ],
 )
@@ -719,6 +720,28 @@ def test_options(competition):
         )
 
 
+def test_scikit_learn_does_not_search_for_plugins_in_every_script(shared):
+    """The fork server has done it: a fit on a data frame reads no package's metadata."""
+    run = shared(GOOD + (
+        "import sys\nimport pandas as pd\nfrom sklearn.tree import DecisionTreeClassifier\n"
+        "opened = []\n"
+        "sys.addaudithook(lambda event, a: event == 'open' and opened.append(str(a[0])))\n"
+        "DecisionTreeClassifier().fit(pd.DataFrame({'x': [0.0, 1.0]}), [0, 1])\n"
+        "print(sum('entry_points' in name for name in opened), 'searched')\n"))
+    assert run.status == "ok" and run.stdout_tail == "0 searched\n"
+
+
+def test_delay_sleeps_in_the_slot_exponentially(competition):
+    """48 runs on 8 slots, 0.2 s on average: each slot sleeps about 6 times 0.2 s."""
+    with Sandbox(8, delay=0.2, **LIGHT) as sandbox, ThreadPoolExecutor(48) as pool:
+        if sandbox.problem:
+            pytest.skip(sandbox.problem)
+        started = time.monotonic()
+        runs = list(pool.map(lambda _: sandbox.run(competition, GOOD), range(48)))
+        assert {run.status for run in runs} == {"ok"} and max(r.seconds for r in runs) < 1.0
+        assert time.monotonic() - started > 0.8
+
+
 MIXTURE = [
     ("good", GOOD, "ok"),
     ("crash", "raise RuntimeError(NAME)", "error"),
@@ -887,6 +910,32 @@ def test_killing_a_part_fails_the_run_and_the_pool_goes_on(competition, tmp_path
         assert sandbox.restarts == (victim == "server")
         assert wait_until(lambda: os.listdir(sandbox.hello["root"]) == ["canary"])
     assert not [path for path in tmp_path.iterdir() if "sandbox" in path.name]
+
+
+def test_a_second_attempt_repeats_a_run_whose_sandbox_is_killed(competition, tmp_path):
+    with Sandbox(1, scratch=str(tmp_path), attempts=2, **LIGHT) as sandbox, ThreadPoolExecutor(1) as pool:
+        server = sandbox._process.pid
+        future = pool.submit(sandbox.run, competition, "import time; time.sleep(2)\n" + GOOD)
+        assert wait_until(lambda: len(descendants(server)) == 2)
+        os.kill(server, signal.SIGKILL)
+        assert future.result(timeout=60).status == "ok" and sandbox.restarts == 1
+
+
+def test_processes_that_survive_sigkill_take_their_slots_and_then_the_pool(competition, monkeypatch):
+    """A disk or driver that hangs can do that; whoever waits for a slot must not wait for ever."""
+    with Sandbox(1, **LIGHT) as sandbox, ThreadPoolExecutor(3) as pool:
+        meet = threading.Barrier(2)
+
+        def execute(*_):
+            meet.wait(10)
+            return {"killed": "timeout", "stuck": True, "seconds": 1.0}, []
+
+        monkeypatch.setattr(sandbox, "_execute", execute)
+        runs = [pool.submit(sandbox.run, competition, GOOD) for _ in range(3)]
+        meet.wait(10)
+        statuses = sorted(run.result(timeout=10).status for run in runs)
+        assert statuses == ["refused", "refused", "timeout"]
+        assert "SIGKILL" in sandbox.run(competition, GOOD).reason
 
 
 def test_closing_in_the_middle(competition):

@@ -220,10 +220,13 @@ def test_in_flight_tasks_are_handed_out_again():
     state = json.loads(json.dumps({"epoch": 0, **curriculum.state_dict()}))
     resumed = make_curriculum(config)
     resumed.load_state_dict(state)
+    assert resumed.tasks.empty()  # not before the engines have the checkpoint's weights
+    resumed.start()
     again = [resumed.tasks.get_nowait() for _ in range(resumed.tasks.qsize())]
     assert {r.task.id for r in again} == set(curriculum.in_flight)
     assert {r.epoch for r in again} == {1}
     assert resumed.handed == curriculum.handed
+    resumed.results.put(None)
 
 
 # -- command line
@@ -321,11 +324,10 @@ def test_a_fresh_clone_is_told_to_make_its_data(tmp_path, monkeypatch, capsys):
     assert "make data" in capsys.readouterr().err
 
 
-def test_the_hint_to_resume_is_only_given_with_a_checkpoint(tmp_path):
+def test_the_hint_to_resume_is_only_given_once_a_run_has_begun(tmp_path):
     config = make_config(run_dir=str(tmp_path))
     assert "--resume" not in train.how_to_go_on(config)
-    (tmp_path / "checkpoints/step_3").mkdir(parents=True)
-    (tmp_path / "checkpoints/step_3/DONE").touch()
+    train.prepare_run_dir(config, resume=False)
     assert f"--resume {tmp_path}" in train.how_to_go_on(config)
 
 
@@ -353,7 +355,8 @@ def publish(answers, tmp_path):
     """Run.publish with two engines that answer the probe with these log-probabilities."""
     queues = defaultdict(queue.Queue)
     run = SimpleNamespace(learner=PublishedLearner(), scratch=tmp_path, probe=[1, 2, 3],
-                          rollout_ranks=[1, 2], config=make_config(), queues=queues.__getitem__)
+                          rollout_ranks=[1, 2], config=make_config(), queues=queues.__getitem__,
+                          begin=lambda stage: None)
     run.everyone = lambda method, *arguments: getattr(run.learner, method)(*arguments)
     for answer in answers:
         queues["acks"].put(answer)

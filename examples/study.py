@@ -1,0 +1,491 @@
+"""The ablation study: what the buffer and adaptive sampling are worth, with error bars.
+
+    make study                                  # all arms, 3 training seeds: hours on two cores
+    python examples/study.py --out runs/study   # the same; run it again to go on where it was cut
+    python examples/study.py --out runs/study --final     # the held-out competitions: once, last
+    python examples/study.py --out runs/short --arms full no-buffer --seeds 1 --steps 4 \\
+        --eval-seeds 2 --agent-steps 4 -- --groups 4      # what follows -- goes to train.py
+
+An arm is train.py with a part of the method switched off or exchanged. All arms get the same number
+of rollouts. Every trained policy, and the policy before reinforcement learning, is then evaluated
+as an agent by rollout.py: one engine start a policy, all competitions and evaluation seeds in it.
+
+    OUT/study.json           the settings; a later call must agree with them
+    OUT/<arm>-<seed>/        train.py's run directory, the evaluation's reports, and
+                result.json  everything that the table needs of this run; once complete, it is skipped
+    OUT/<arm>-<seed>.log     what train.py and rollout.py printed
+    OUT/table.md, study.png  the table is written anew after every run, the picture at the end
+
+How the numbers are made (everything here is [ours]):
+
+1. human_rank is that of the script which the agent hands in; it chooses by the validation scores
+   that its scripts printed. A run that hands in nothing has human_rank 0 and took all its steps.
+2. mean +- standard error: over training seeds, of the means over competitions and evaluation seeds.
+3. The difference of an arm to `full` is paired: same competition, same training seed. Its interval
+   is a percentile bootstrap (95 %) over competitions and training seeds, both drawn anew, and so
+   speaks of other competitions and other runs. With few seeds it is too narrow: it takes the
+   spread of S seeds for that of all, which is short by a factor of sqrt(1 - 1/S).
+4. Groups without gradient: all G rewards equal, counted over the whole run.
+5. Minutes: the training steps alone, without start and evaluation.
+
+Held-out competitions are evaluated with --final only, and train.py never sees them. Tune on the
+training competitions, or keep some of them out of training with --dev.
+"""
+
+import argparse
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from rollout import RATES  # noqa: E402
+from sandbox import CompetitionError, load_competitions  # noqa: E402
+from train import Config, die_with_parent  # noqa: E402
+
+
+class StudyError(Exception):
+    """One line that says what is wrong and what to do; exit status 2."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    text: str
+    train: tuple[str, ...] = ()  # flags of train.py
+    agent: tuple[str, ...] = ()  # flags of rollout.py
+
+
+ARMS = {
+    "full": Arm("full method"),
+    "no-buffer": Arm("no buffer: drafts only", ("--no-buffer",)),
+    "uniform": Arm("uniform sampling", ("--sampler", "uniform")),
+    "neither": Arm("neither", ("--no-buffer", "--sampler", "uniform")),
+    "sync": Arm("synchronous", ("--max-staleness", "0")),
+    "crossover": Arm("with crossover, in training and agent", ("--crossover",),
+                     ("--crossover-probability", "0.33")),
+    "milestone": Arm("reward: milestones", ("--reward", "milestone")),
+    "medal": Arm("reward: medals only", ("--reward", "medal")),
+}
+BEFORE = "before"  # the policy that all arms start from
+SPLITS = {"train": "training", "dev": "development", "heldout": "held-out"}
+
+
+# ---------------------------------------------------------------------------------------------
+# 1. Runs
+
+
+def call(command: list, log: Path) -> None:
+    """Run a command in a session of its own, with its output in `log`; Ctrl-C is passed on to it.
+
+    Raises:
+        StudyError: it failed.
+    """
+    with open(log, "a") as output:
+        process = subprocess.Popen([sys.executable, *map(str, command)], stdout=output,
+                                   stderr=subprocess.STDOUT, start_new_session=True,
+                                   preexec_fn=die_with_parent)
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:
+            process.send_signal(signal.SIGINT)
+            process.wait()
+            raise
+    if status:
+        lines = log.read_text(errors="replace").strip().splitlines() or ["it printed nothing"]
+        raise StudyError(f"{Path(command[0]).name} ended with status {status}: {lines[-1][-300:]} "
+                         f"({log})")
+
+
+def train(arm: str, seed: int, folder: Path, args: argparse.Namespace) -> dict:
+    """Train one policy, or go on with it; what its metrics say. Held-out competitions stay out."""
+    flags = ["--heldout", "", "--eval-drafts", 0]
+    if any(folder.glob("checkpoints/step_*/DONE")):
+        flags += ["--resume", folder]
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+        flags += ["--preset", "tiny", "--run-dir", folder, "--seed", seed,
+                  "--steps", args.steps, "--model", args.model, "--keep-checkpoints", 1,
+                  "--competitions", competition_folder(args, ["train"]),
+                  *ARMS[arm].train, *args.train_flags]
+    call([ROOT / "train.py", *flags], folder.with_suffix(".log"))
+    return training_summary(folder)
+
+
+def training_summary(run: Path) -> dict:
+    """What the table and the picture need of a run directory."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    config = json.loads((run / "config.json").read_text())
+    checkpoint = max(run.glob("checkpoints/step_*/curriculum.json"),
+                     key=lambda path: int(path.parent.name.removeprefix("step_")))
+    return {
+        "rollouts": sum(r["groups"] for r in rows) * config["responses"],
+        "groups": [r["groups"] for r in rows],
+        "groups_trained": [r["groups_trained"] for r in rows],
+        "minutes": sum(r["seconds_step"] for r in rows) / 60,
+        "resumed": json.loads(checkpoint.read_text())["epoch"],  # how often
+        "unique_scripts": [r["unique_scripts"] for r in rows],
+        "config": config,
+    }
+
+
+def evaluate(arm: str, model: Path, splits: list[str], folder: Path, args: argparse.Namespace
+             ) -> dict[str, list[dict]]:
+    """The agent's runs on these splits, in one engine start: {split: rows of report.json}."""
+    out = folder / f"report-{'+'.join(splits)}.json"
+    call([ROOT / "rollout.py", "--model", model, "--out", out,
+          "--competitions", competition_folder(args, splits), "--allow-overlap",
+          "--steps", args.agent_steps, "--seeds", args.eval_seeds, "--cpu-seconds",
+          Config.cpu_seconds, "--parallel", args.parallel, "--max-num-seqs", args.parallel,
+          *(ARMS[arm].agent if arm in ARMS else ())], folder.with_suffix(".log"))
+    rows = json.loads(out.read_text())["runs"]
+    return {split: [r for r in rows if r["competition_id"] in args.ids[split]]
+            for split in splits}
+
+
+def run(arm: str, seed: int, args: argparse.Namespace) -> None:
+    """Bring one run up to date: train, evaluate on what is missing, write result.json."""
+    folder = args.out / (arm if arm == BEFORE else f"{arm}-{seed}")
+    result = read_result(folder) or {"arm": arm, "seed": seed, "training": None,
+                                     "evaluations": {}, "evaluation_minutes": {}}
+    if arm != BEFORE and result["training"] is None:
+        result["training"] = train(arm, seed, folder, args)
+        write_json(folder / "result.json", result)
+    missing = [split for split in args.splits if split not in result["evaluations"]]
+    if missing:
+        folder.mkdir(parents=True, exist_ok=True)
+        started = time.monotonic()
+        model = args.model if arm == BEFORE else folder / "policy"
+        result["evaluations"] |= evaluate(arm, model, missing, folder, args)
+        result["evaluation_minutes"]["+".join(missing)] = (time.monotonic() - started) / 60
+        write_json(folder / "result.json", result)
+
+
+def read_result(folder: Path) -> dict | None:
+    path = folder / "result.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def write_json(path: Path, value) -> None:
+    """All of it or nothing, whenever the program is killed."""
+    path.with_suffix(".new").write_text(json.dumps(value) + "\n")
+    path.with_suffix(".new").rename(path)
+
+
+def competition_folder(args: argparse.Namespace, splits: list[str]) -> Path:
+    """A folder with a link to each competition of these splits."""
+    folder = args.out / "competitions" / "+".join(splits)
+    folder.mkdir(parents=True, exist_ok=True)
+    for split in splits:
+        for competition_id, path in args.ids[split].items():
+            if not (folder / competition_id).exists():
+                (folder / competition_id).symlink_to(path)
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------
+# 2. Statistics
+
+
+def cells(results: list[dict], split: str, measure: str, steps: int
+          ) -> dict[str, dict[int, np.ndarray]]:
+    """{arm: {training seed: (C,)}}: means over evaluation seeds, competitions sorted by id."""
+    value, found = RATES[measure], {}
+    for result in results:
+        rows = result["evaluations"].get(split)
+        if rows:
+            names = sorted({r["competition_id"] for r in rows})
+            found.setdefault(result["arm"], {})[result["seed"]] = np.array([
+                np.mean([value(r, steps) for r in rows if r["competition_id"] == name])
+                for name in names])
+    return found
+
+
+def mean_and_error(values) -> tuple[float, float | None]:
+    """Mean and its standard error (ddof 1); None for a single value.
+
+    >>> mean_and_error([1.0, 3.0])
+    (2.0, 1.0)
+    """
+    values = np.asarray(values, float)
+    error = float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
+    return float(values.mean()), error
+
+
+def paired_difference(arm: dict[int, np.ndarray], full: dict[int, np.ndarray]) -> np.ndarray | None:
+    """(S, C) arm - full for the training seeds that both have; the policy before training, which
+    has no seed, is compared with every seed of `full`."""
+    if list(arm) == [None]:
+        arm = dict.fromkeys(full, arm[None])
+    seeds = sorted(set(arm) & set(full))
+    return np.array([arm[s] - full[s] for s in seeds]) if seeds else None
+
+
+def bootstrap_interval(difference: np.ndarray, draws: int = 10_000, seed: int = 0
+                       ) -> tuple[float, float]:
+    """95 % percentile interval of the mean of (S, C), seeds and competitions drawn anew.
+
+    >>> bootstrap_interval(np.array([[0.5, 0.5], [0.5, 0.5]]))
+    (0.5, 0.5)
+    """
+    rng, (s, c) = np.random.default_rng(seed), difference.shape
+    seeds = rng.multinomial(s, [1 / s] * s, draws) / s  # (draws, S) weights
+    competitions = rng.multinomial(c, [1 / c] * c, draws) / c  # (draws, C)
+    means = np.einsum("ds,sc,dc->d", seeds, difference, competitions)
+    return tuple(float(q) for q in np.quantile(means, (0.025, 0.975)))
+
+
+def without_gradient(result: dict) -> float:
+    training = result["training"]
+    return 1 - sum(training["groups_trained"]) / sum(training["groups"])
+
+
+# ---------------------------------------------------------------------------------------------
+# 3. Table and picture
+
+
+MEASURES = {"human rank": "human_rank", "any medal": "any_medal_rate", "valid": "valid_rate",
+            "first draft valid": "first_draft_valid_rate",
+            "extra steps to first valid": "extra_steps_to_first_valid"}
+
+
+def summarize(results: list[dict], splits: list[str], steps: int) -> list[dict]:
+    """A row for each split and arm: {"split", "arm", "seeds", "difference", "interval",
+    measure: (mean, error), ...}; the order is that of SPLITS, and of ARMS after `before`."""
+    rows = []
+    for split in (s for s in SPLITS if s in splits):
+        tables = {title: cells(results, split, name, steps) for title, name in MEASURES.items()}
+        rank = tables["human rank"]
+        for arm in (a for a in (BEFORE, *ARMS) if a in rank):
+            own = [r for r in results if r["arm"] == arm and r["evaluations"].get(split)]
+            row = {"split": split, "arm": arm, "seeds": len(own), "difference": None}
+            row |= {title: mean_and_error([v.mean() for v in table[arm].values()])
+                    for title, table in tables.items()}
+            if arm != BEFORE:
+                row["no gradient"] = mean_and_error([without_gradient(r) for r in own])
+                row["minutes"] = mean_and_error([r["training"]["minutes"] for r in own])
+            difference = paired_difference(rank[arm], rank["full"]) if "full" in rank else None
+            if arm != "full" and difference is not None:
+                row["difference"] = float(difference.mean())
+                row["by_seed"] = difference.mean(1).tolist()
+                row["interval"] = bootstrap_interval(difference)
+            rows.append(row)
+    return rows
+
+
+def markdown(rows: list[dict], results: list[dict], args: argparse.Namespace) -> str:
+    """The table, with what it was made from below it."""
+    def show(value, scale=1.0, digits=3):
+        if value is None:
+            return "-"
+        mean, error = value
+        return f"{mean * scale:.{digits}f}" + ("" if error is None
+                                               else f" ± {error * scale:.{digits}f}")
+
+    lines = ["| competitions | arm | human rank | difference to full [95 %] | any medal, % "
+             "| valid, % | first draft valid, % | extra steps to first valid "
+             "| groups without gradient, % | minutes |", "|" + " --- |" * 10]
+    for row in rows:
+        difference = "-" if row["difference"] is None else (
+            "{:+.3f} [{:+.3f}, {:+.3f}]".format(row["difference"], *row["interval"]))
+        text = "before RL" if row["arm"] == BEFORE else ARMS[row["arm"]].text
+        lines.append("| " + " | ".join([
+            SPLITS[row["split"]], text, show(row["human rank"]), difference,
+            show(row["any medal"], 100, 1), show(row["valid"], 100, 1),
+            show(row["first draft valid"], 100, 1),
+            show(row["extra steps to first valid"], digits=2),
+            show(row.get("no gradient"), 100, 1), show(row.get("minutes"), digits=1)]) + " |")
+    seeds = sorted({r["seed"] for r in results if r["training"]})
+    counts = ", ".join(f"{len(args.ids[split])} {SPLITS[split]} competitions"
+                       for split in SPLITS if split in args.ids)
+    flags = f" {' '.join(args.train_flags)}" if args.train_flags else ""
+    again = sum(bool(r["training"] and r["training"]["resumed"]) for r in results)
+    lines += ["", f"Training seeds {', '.join(map(str, seeds))}; {args.steps} steps of "
+              f"{rollouts_of(results) // args.steps} rollouts in every arm; {counts}; "
+              f"{args.eval_seeds} evaluation seeds, {args.agent_steps} agent steps{flags}; "
+              f"{again} of the runs were interrupted and resumed."]
+    return "\n".join(lines) + "\n"
+
+
+def rollouts_of(results: list[dict]) -> int:
+    """The number of rollouts, the same in all runs. Raises StudyError when it is not."""
+    counts = {r["training"]["rollouts"]: f"{r['arm']}-{r['seed']}" for r in results if r["training"]}
+    if len(counts) > 1:
+        raise StudyError("the arms cannot be compared, their rollouts differ: " + ", ".join(
+            f"{name} {count}" for count, name in counts.items()))
+    return next(iter(counts))
+
+
+def draw(rows: list[dict], results: list[dict], out: Path) -> None:
+    """Differences to `full`, medals, groups without gradient over the run, and minutes."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    from plot import INK, MUTED, RUNS, STYLE, legend, smooth, title
+
+    arms = [a for a in (BEFORE, *ARMS) if any(r["arm"] == a for r in rows)]
+    names = ["before RL" if a == BEFORE else a for a in arms]
+    places = {arm: -i for i, arm in enumerate(arms)}
+    splits = list(dict.fromkeys(r["split"] for r in rows))
+    colors = {split: RUNS[i] for i, split in enumerate(splits)}
+    shift = {split: 0.22 * ((len(splits) - 1) / 2 - i) for i, split in enumerate(splits)}
+    by_arm = {arm: [r["training"] for r in results if r["arm"] == arm and r["training"]]
+              for arm in arms}
+    with rc_context(STYLE):
+        figure = Figure(figsize=(15, 9.5))
+        grid = figure.add_gridspec(2, 2, left=0.08, right=0.98, top=0.91, bottom=0.06, hspace=0.35,
+                                   wspace=0.2)
+        ranks, medals, zeros, minutes = (figure.add_subplot(g) for g in grid)
+        title(ranks, "Human rank: difference to the full method",
+              "mean and 95 % bootstrap interval over competitions and seeds; dots: training seeds")
+        title(medals, "Any medal", "mean and standard error over training seeds")
+        for row in rows:
+            y, color = places[row["arm"]] + shift[row["split"]], colors[row["split"]]
+            mean, error = row["any medal"]
+            medals.errorbar(mean, y, xerr=error, fmt="o", color=color, capsize=3)
+            if row["difference"] is not None:
+                ranks.plot(row["interval"], [y, y], color=color, linewidth=3, alpha=0.45)
+                ranks.plot(row["by_seed"], [y] * len(row["by_seed"]), "o", color=INK, alpha=0.4,
+                           markersize=3.5)
+                ranks.plot(row["difference"], y, "o", color=color, markersize=7)
+        for split in splits:
+            ranks.plot([], [], "o", color=colors[split], label=SPLITS[split])
+        legend(ranks, ncols=1)
+        ranks.axvline(0, color=MUTED, linewidth=1)
+        medals.xaxis.set_major_formatter(PercentFormatter(1.0))
+        title(zeros, "Groups without gradient", "share of a step's groups, mean over seeds")
+        for number, (arm, runs) in enumerate((a, r) for a, r in by_arm.items() if r):
+            share = np.mean([1 - np.divide(r["groups_trained"], r["groups"]) for r in runs], 0)
+            shown = smooth(share) if len(share) > 2 else share
+            zeros.plot(range(1, len(share) + 1), shown, color=RUNS[number % len(RUNS)], label=arm)
+        zeros.set_ylim(bottom=0)
+        zeros.yaxis.set_major_formatter(PercentFormatter(1.0))
+        zeros.set_xlabel("learner step", fontsize=8.5, loc="right")
+        legend(zeros)
+        title(minutes, "Minutes of training", "mean and standard error over training seeds")
+        for arm, runs in by_arm.items():
+            if runs:
+                mean, error = mean_and_error([r["minutes"] for r in runs])
+                minutes.barh(places[arm], mean, 0.6, xerr=error, color="#9db3d8", ecolor=INK)
+        for ax in (ranks, medals, minutes):
+            ax.grid(axis="y", visible=False)
+            ax.grid(axis="x", visible=True)
+            ax.set_yticks(list(places.values()), names)
+            ax.set_ylim(-len(arms) + 0.4, 0.6)
+        figure.savefig(out, dpi=150, facecolor="white")
+
+
+def report(args: argparse.Namespace, picture: bool) -> None:
+    """table.md, and study.png, of the runs that are complete so far."""
+    results = [r for r in map(read_result, sorted(args.out.iterdir()))
+               if r and all(s in r["evaluations"] for s in args.splits)]
+    if any(r["training"] for r in results):
+        rows = summarize(results, args.splits, args.agent_steps)
+        (args.out / "table.md").write_text(markdown(rows, results, args))
+        if picture:
+            draw(rows, results, args.out / "study.png")
+
+
+# ---------------------------------------------------------------------------------------------
+# 4. Command line
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], epilog="What follows -- is passed to train.py.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--out", type=Path, default="runs/study", help="directory of the study")
+    add("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="what is compared")
+    add("--seeds", type=int, default=3, help="training seeds of each arm: 0, 1, ...")
+    add("--first-seed", type=int, default=0, help="where they begin; fresh seeds after tuning")
+    add("--steps", type=int, default=Config.steps, help="learner steps of each run")
+    add("--eval-seeds", type=int, default=20, help="agent runs on each competition")
+    add("--agent-steps", type=int, default=20, help="scripts that an agent may try")
+    add("--parallel", type=int, default=160, help="agents at a time")
+    add("--model", type=Path, default=Config.model, help="the policy to start from")
+    add("--competitions", default=Config.competitions, help="training competitions")
+    add("--heldout", default=Config.heldout, help="held-out competitions")
+    add("--dev", nargs="*", default=[], metavar="ID",
+        help="training competitions that are kept out of training and evaluated on")
+    add("--final", action="store_true", help="evaluate on the held-out competitions as well")
+    words = sys.argv[1:] if argv is None else argv
+    cut = words.index("--") if "--" in words else len(words)
+    args = parser.parse_args(words[:cut])
+    args.train_flags = words[cut + 1:]
+    for name in ("seeds", "steps", "eval_seeds", "agent_steps", "parallel"):
+        if getattr(args, name) < 1:
+            raise StudyError(f"--{name.replace('_', '-')} must be at least 1")
+    return args
+
+
+def find_competitions(args: argparse.Namespace) -> dict[str, dict[str, Path]]:
+    """{split: {id: directory}} of what is trained on or evaluated now."""
+    def found(directory):
+        return {c.id: c.public_dir.parent.parent for c in load_competitions(directory)}
+
+    ids = {"train": found(args.competitions)}
+    if args.dev:
+        if unknown := set(args.dev) - set(ids["train"]):
+            raise StudyError(f"--dev {min(unknown)}: no such competition in {args.competitions}")
+        ids["dev"] = {name: ids["train"].pop(name) for name in args.dev}
+    if args.final:
+        ids["heldout"] = found(args.heldout)
+    return ids
+
+
+def check_settings(args: argparse.Namespace) -> None:
+    """Runs with other settings must not be mixed. Arms and seeds may be added; so may --final."""
+    path = args.out / "study.json"
+    settings = {name: getattr(args, name) for name in ("steps", "eval_seeds", "agent_steps", "dev",
+                                                       "train_flags")}
+    settings |= {"model": str(args.model), "competitions": str(args.competitions)}
+    if path.exists():
+        for name, value in json.loads(path.read_text()).items():
+            if name in settings and settings[name] != value:
+                raise StudyError(f"{args.out} was begun with {name} {value!r}, not "
+                                 f"{settings[name]!r}: give another --out")
+    else:
+        write_json(path, settings | {"arms": {a: asdict(arm) for a, arm in ARMS.items()}})
+
+
+def main(argv: list[str] | None = None) -> int:
+    from tqdm import tqdm
+
+    try:
+        args = parse(argv)
+        args.ids = find_competitions(args)
+        args.splits = list(args.ids)
+        args.out.mkdir(parents=True, exist_ok=True)
+        args.out = args.out.resolve()
+        check_settings(args)
+        # Seed by seed, so that what there is can be compared at any time, and a machine that becomes
+        # slower does so for all arms.
+        seeds = range(args.first_seed, args.first_seed + args.seeds)
+        jobs = [(BEFORE, None)] + [(arm, seed) for seed in seeds for arm in args.arms]
+        bar = tqdm(jobs, unit="run")
+        for arm, seed in bar:
+            bar.set_description(arm if seed is None else f"{arm}-{seed}")
+            run(arm, seed, args)
+            report(args, picture=(arm, seed) == jobs[-1])
+        print((args.out / "table.md").read_text())
+        print(f"{args.out}/table.md, study.png")
+        return 0
+    except (StudyError, CompetitionError) as error:
+        print(f"study.py: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,130 @@
+"""Soak of the curriculum with a fake engine: many rollout threads, a full buffer, very many groups.
+
+    python tests/soak_curriculum.py                                     # the full size
+    python tests/soak_curriculum.py --threads 50 --tasks 2000 --groups 20000
+
+Everything but the engine, the scripts and the learner is real: curriculum, buffer, sampler, both logs,
+rollout threads. Prints groups/s and the peak memory of every tenth of the groups, from when the buffer
+is full. The queues must stay within what the staleness rule allows, the memory must not grow.
+"""
+
+import argparse
+import os
+import queue
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from fakes import FakePrompter, completion  # noqa: E402
+
+from buffer import EvolvingBuffer  # noqa: E402
+from rollout import RolloutConfig, RolloutWorker  # noqa: E402
+from sampler import AdaptiveSampler  # noqa: E402
+from sandbox import Execution  # noqa: E402
+from train import Config, Curriculum  # noqa: E402
+
+
+class Engine:
+    """Scripts that were never seen before: nothing merges."""
+
+    max_model_len, version = 10_000, 0
+
+    def generate(self, prompt_ids, n, max_tokens, temperature):
+        return [completion(f"```python\nquality = {random.random()}\n```")
+                for _ in range(n)], self.version
+
+
+class Scripts:
+    """Two of five fail, each in one of twenty ways; quality is the number in the script."""
+
+    def run(self, competition, code, timeout=None):
+        quality = float(code.split("=")[1])
+        if quality < 0.4:
+            return Execution("error", exit_code=1, stderr_tail=f"E{int(quality * 50)}Error: bad")
+        return Execution("ok", exit_code=0, valid=True, score=quality, human_rank=quality)
+
+
+class MeasuredQueue(queue.Queue):
+    longest = 0
+
+    def put(self, item, *arguments, **options):
+        super().put(item, *arguments, **options)
+        self.longest = max(self.longest, self.qsize())
+
+
+def peak_mib() -> float:
+    """Largest resident memory since the last call."""
+    status = Path("/proc/self/status").read_text()
+    peak = int(status.partition("VmHWM:")[2].split()[0]) / 1024
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1000, help="rollout threads")
+    parser.add_argument("--tasks", type=int, default=100_000, help="capacity of the buffer")
+    parser.add_argument("--groups", type=int, default=1_000_000,
+                        help="groups, counted from when the buffer is full")
+    parser.add_argument("--dir", default=".", help="where the logs go, about 3 KB a group; removed "
+                                                   "at the end")
+    options = parser.parse_args()
+    batch = max(options.threads // 2, 1)  # B: with eta = 2 every thread has a task
+    config = Config(groups=batch, responses=2, steps=10**9, max_staleness=2,
+                    capacity=options.tasks)
+    names = [f"competition-{i}" for i in range(100)]
+    with tempfile.TemporaryDirectory(dir=options.dir, prefix="soak-") as folder:
+        buffer = EvolvingBuffer(names, config.capacity, max_depth=config.max_depth,
+                                children_per_group=config.children,
+                                log_path=Path(folder) / "groups.jsonl")
+        sampler = AdaptiveSampler()
+        for task in buffer.roots():
+            sampler.add(task.id, task.competition_id, task.operator)
+        tasks, results = MeasuredQueue(), MeasuredQueue()
+        curriculum = Curriculum(config, buffer, sampler, tasks, results,
+                                Path(folder) / "traces.jsonl")
+        engine = Engine()
+        RolloutWorker(tasks, results, engine, Scripts(), FakePrompter(names), RolloutConfig(),
+                      options.threads, slots=8, on_error=curriculum.fail)
+        curriculum.start()
+
+        def roll_out(count: int) -> float:
+            """Learn (do nothing) until so many more groups are through; returns groups/s."""
+            started, first = time.monotonic(), engine.version
+            while (engine.version - first) * batch < count:
+                curriculum.next_batch()
+                engine.version += 1
+                curriculum.stepped(engine.version)
+            return (engine.version - first) * batch / (time.monotonic() - started)
+
+        while len(buffer) + 3 * options.tasks // 100 < options.tasks:
+            roll_out(batch)
+        print(f"{buffer.sequence} groups have filled the buffer with {len(buffer)} tasks")
+        peak_mib()
+        print(f"{'groups':>10} {'groups/s':>9} {'peak MiB':>9} {'tasks':>8} {'log MiB':>8}")
+        rows = []
+        for _ in range(10):
+            speed = roll_out(options.groups // 10)
+            rows.append((buffer.sequence, speed, peak_mib(), len(buffer),
+                         os.path.getsize(Path(folder) / "groups.jsonl") / 2**20))
+            print("{:10} {:9.0f} {:9.0f} {:8} {:8.0f}".format(*rows[-1]), flush=True)
+        (_, first_speed, first_peak, *_), (_, last_speed, last_peak, *_) = rows[0], rows[-1]
+        bound = (config.max_staleness + 1) * batch
+        print(f"groups/s {first_speed:.0f} -> {last_speed:.0f}; peak memory {first_peak:.0f} -> "
+              f"{last_peak:.0f} MiB ({last_peak / first_peak - 1:+.1%}); longest queues: tasks "
+              f"{tasks.longest}, results {results.longest}, of at most {bound}")
+        flat = last_peak < 1.05 * first_peak
+        bounded = max(tasks.longest, results.longest) <= bound
+        print("memory is flat, queues are bounded" if flat and bounded else "NOT flat or bounded")
+        sys.stdout.flush()
+        return 0 if flat and bounded else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,218 @@
+"""The study, with programs that only pretend to train and to evaluate.
+
+    python -m pytest tests/test_study.py
+"""
+
+import doctest
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import study
+from test_sandbox_attacks import make_competition
+
+QUALITY = {"full": 0.7, "no-buffer": 0.6, "uniform": 0.5, "before": 0.2}
+COMPETITIONS = {"train": ("rail-wear", "hive-swarms", "tide-mills"), "heldout": ("loom-breaks",)}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("competitions")
+    for split, names in COMPETITIONS.items():
+        for name in names:
+            home = make_competition(folder / split).public_dir.parent.parent
+            config = (home / "config.yaml").read_text().replace("toy", name)
+            (home / "config.yaml").write_text(config)
+            home.rename(folder / split / name)
+    return folder
+
+
+class Programs:
+    """Stands for train.py and rollout.py: writes what they leave behind, and remembers calls."""
+
+    def __init__(self):
+        self.calls, self.cut = [], None
+
+    def __call__(self, command, log):
+        name, flags = Path(command[0]).name, [str(word) for word in command[1:]]
+        value = {flag: flags[i + 1] for i, flag in enumerate(flags[:-1]) if flag.startswith("--")}
+        self.calls.append((name, flags, value))
+        (self.train if name == "train.py" else self.evaluate)(value)
+
+    def train(self, value):
+        run = Path(value.get("--resume") or value["--run-dir"])
+        if "--resume" not in value:
+            assert not run.exists()
+            run.mkdir(parents=True)
+            (run / "config.json").write_text(json.dumps({"responses": 4, "groups": 2}))
+        if self.cut:  # killed, with or without a checkpoint
+            cut, self.cut = self.cut, None
+            if cut == "after a checkpoint":
+                self.checkpoint(run, 1, epoch=0)
+            raise KeyboardInterrupt
+        rows = [{"groups": 2, "groups_trained": 2 - s % 2, "seconds_step": 30.0,
+                 "unique_scripts": 8} for s in range(3)]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        self.checkpoint(run, 3, epoch=int("--resume" in value))
+
+    def checkpoint(self, run, step, epoch):
+        folder = run / f"checkpoints/step_{step}"
+        folder.mkdir(parents=True)
+        (folder / "curriculum.json").write_text(json.dumps({"epoch": epoch}))
+        (folder / "DONE").touch()
+
+    def evaluate(self, value):
+        out = Path(value["--out"])
+        arm = out.parent.name.rpartition("-")[0] or out.parent.name
+        names = sorted(path.name for path in Path(value["--competitions"]).iterdir())
+        rows = [{"competition_id": name, "seed": seed, "valid": True, "medal": "gold",
+                 "human_rank": QUALITY[arm] + 0.01 * seed, "above_median": True,
+                 "first_draft_valid": False, "steps_to_first_valid": 3}
+                for seed in range(int(value["--seeds"])) for name in names]
+        out.write_text(json.dumps({"runs": rows}))
+
+
+@pytest.fixture
+def programs(monkeypatch):
+    fake = Programs()
+    monkeypatch.setattr(study, "call", fake)
+    return fake
+
+
+def arguments(folders, out, *more):
+    return ["--out", str(out), "--competitions", str(folders / "train"), "--heldout",
+            str(folders / "heldout"), "--steps", "3", "--eval-seeds", "2", "--seeds", "2",
+            "--arms", "full", "no-buffer", *more]
+
+
+def results(out):
+    return {path.parent.name: json.loads(path.read_text()) for path in out.glob("*/result.json")}
+
+
+def test_doctests():
+    assert doctest.testmod(study).failed == 0
+
+
+def test_a_study_from_start_to_end_and_nothing_to_do_the_second_time(folders, tmp_path, programs):
+    assert study.main(arguments(folders, tmp_path, "--", "--groups", "2")) == 0
+    assert set(results(tmp_path)) == {"before", "full-0", "full-1", "no-buffer-0", "no-buffer-1"}
+    trained = [(flags, value) for name, flags, value in programs.calls if name == "train.py"]
+    assert [value["--seed"] for _, value in trained] == ["0", "0", "1", "1"]
+    assert ["--no-buffer" in flags for flags, _ in trained] == [False, True, False, True]
+    assert all(value["--groups"] == "2" and value["--heldout"] == "" for _, value in trained)
+    table = (tmp_path / "table.md").read_text()
+    row = next(line for line in table.splitlines() if "no buffer" in line)
+    assert "0.605 ± 0.000" in row and "-0.100 [-0.100, -0.100]" in row
+    assert "| 100.0 ± 0.0 |" in row and "2.00 ± 0.00" in row  # medals; extra steps: 3 - 1
+    assert "| 16.7 ± 0.0 | 1.5 ± 0.0 |" in row  # 1 of 6 groups; 3 steps of half a minute
+    assert "training seeds 0, 1" in table.lower() and "3 steps of 8 rollouts" in table
+    assert (tmp_path / "study.png").stat().st_size > 10_000
+    before = list(programs.calls)
+    assert study.main(arguments(folders, tmp_path, "--", "--groups", "2")) == 0
+    assert programs.calls == before
+
+
+@pytest.mark.parametrize("cut, flag", [("after a checkpoint", "--resume"),
+                                       ("before the first", "--run-dir")])
+def test_a_cut_run_is_taken_up_again(folders, tmp_path, programs, cut, flag):
+    programs.cut = cut
+    assert study.main(arguments(folders, tmp_path)) == 130
+    assert set(results(tmp_path)) == {"before"}
+    assert study.main(arguments(folders, tmp_path)) == 0
+    trained = [value for name, _, value in programs.calls if name == "train.py"]
+    assert Path(trained[1][flag]).name == "full-0" and len(trained) == 5
+    assert results(tmp_path)["full-0"]["training"]["resumed"] == (flag == "--resume")
+
+
+def test_held_out_competitions_are_looked_at_on_request_only(folders, tmp_path, programs):
+    study.main(arguments(folders, tmp_path))
+    assert not any("heldout" in str(part) for _, flags, value in programs.calls
+                   for part in value.values())
+    assert set(results(tmp_path)["full-0"]["evaluations"]) == {"train"}
+    count = len(programs.calls)
+    assert study.main(arguments(folders, tmp_path, "--final")) == 0
+    assert [name for name, _, _ in programs.calls[count:]] == ["rollout.py"] * 5
+    assert {r["competition_id"] for r in results(tmp_path)["full-0"]["evaluations"]["heldout"]} \
+        == {"loom-breaks"}
+    assert "| held-out | no buffer: drafts only |" in (tmp_path / "table.md").read_text()
+
+
+def test_both_splits_take_one_engine_start(folders, tmp_path, programs):
+    study.main(arguments(folders, tmp_path, "--final", "--dev", "rail-wear"))
+    evaluations = [value for name, _, value in programs.calls if name == "rollout.py"]
+    assert len(evaluations) == 5
+    assert Path(evaluations[0]["--competitions"]).name == "train+dev+heldout"
+    trained = next(value for name, _, value in programs.calls if name == "train.py")
+    assert sorted(p.name for p in Path(trained["--competitions"]).iterdir()) == [
+        "hive-swarms", "tide-mills"]
+
+
+def test_runs_of_other_settings_are_not_mixed(folders, tmp_path, programs, capsys):
+    study.main(arguments(folders, tmp_path))
+    capsys.readouterr()
+    assert study.main(arguments(folders, tmp_path, "--eval-seeds", "3")) == 2
+    error = capsys.readouterr().err.strip()
+    assert len(error.splitlines()) == 1 and "eval_seeds 2, not 3" in error and "--out" in error
+
+
+@pytest.mark.parametrize("more, words", [
+    (["--dev", "titanic"], "--dev titanic"), (["--seeds", "0"], "--seeds"),
+    (["--competitions", "/nowhere"], "/nowhere")])
+def test_bad_arguments_are_one_line_and_status_2(folders, tmp_path, capsys, more, words):
+    assert study.main(arguments(folders, tmp_path, *more)) == 2
+    error = capsys.readouterr().err.strip()
+    assert len(error.splitlines()) == 1 and words in error
+
+
+def test_a_program_that_fails_is_named_with_its_last_words(tmp_path):
+    program = tmp_path / "broken.py"
+    program.write_text("raise SystemExit('the disk is full')")
+    with pytest.raises(study.StudyError, match="broken.py ended with status 1: the disk is full"):
+        study.call([program], tmp_path / "log")
+
+
+def result(arm, seed, ranks, groups=10, trained=8, rollouts=120):
+    """A complete run; `ranks` has a row for each competition, a column for each evaluation seed."""
+    rows = [{"competition_id": f"c{c}", "seed": e, "human_rank": rank, "medal": "none",
+             "valid": rank > 0, "first_draft_valid": False,
+             "steps_to_first_valid": 1 if rank > 0 else None}
+            for c, row in enumerate(ranks) for e, rank in enumerate(row)]
+    training = {"groups": [groups], "groups_trained": [trained], "minutes": 2.0, "resumed": 0,
+                "rollouts": rollouts}
+    return {"arm": arm, "seed": seed, "evaluations": {"train": rows},
+            "training": None if seed is None else training}
+
+
+def test_differences_are_paired_by_competition_and_seed():
+    rows = study.summarize([
+        result("full", 0, [[0.8, 0.6], [0.4, 0.4]]), result("full", 1, [[0.9, 0.9], [0.5, 0.5]]),
+        result("uniform", 0, [[0.6, 0.6], [0.4, 0.2]], trained=6),
+        result("uniform", 1, [[0.7, 0.7], [0.4, 0.4]]), result("uniform", 2, [[0.0, 0.0]] * 2),
+        result("before", None, [[0.0, 0.2], [0.1, 0.1]])], ["train"], 20)
+    before, full, uniform = rows
+    # uniform: seed 0 (0.6 - 0.7, 0.3 - 0.4), seed 1 (0.7 - 0.9, 0.4 - 0.5); seed 2 has no partner
+    assert uniform["by_seed"] == pytest.approx([-0.1, -0.15])
+    assert uniform["difference"] == pytest.approx(-0.125)
+    assert uniform["no gradient"][0] == pytest.approx((0.4 + 0.2 + 0.2) / 3)
+    assert full["difference"] is None and full["human rank"] == pytest.approx((0.625, 0.075))
+    assert before["by_seed"] == pytest.approx([(0.1 + 0.1) / 2 - 0.55, (0.1 + 0.1) / 2 - 0.7])
+    assert before["extra steps to first valid"][0] == pytest.approx((20 + 0 + 0 + 0) / 4)
+
+
+def test_the_interval_covers_both_seeds_and_competitions():
+    """Against a plain loop that draws seeds and competitions, and the normal approximation."""
+    rng = np.random.default_rng(1)
+    difference = rng.normal(0, 0.1, (12, 1)) + rng.normal(0, 0.2, (1, 40)) + 0.05
+    low, high = study.bootstrap_interval(difference)
+    naive = [difference[rng.integers(12, size=12)][:, rng.integers(40, size=40)].mean()
+             for _ in range(4000)]
+    assert (low, high) == pytest.approx(np.quantile(naive, (0.025, 0.975)), abs=0.006)
+    spread = (difference.mean(1).var() / 12 + difference.mean(0).var() / 40) ** 0.5
+    assert high - low == pytest.approx(2 * 1.96 * spread, rel=0.05)
+
+
+def test_arms_with_other_numbers_of_rollouts_are_not_compared():
+    with pytest.raises(study.StudyError, match="full-0 120, uniform-0 96"):
+        study.rollouts_of([result("full", 0, [[1.0]]), result("uniform", 0, [[1.0]], rollouts=96)])
