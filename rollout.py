@@ -476,7 +476,7 @@ class Engine:
     """
 
     def __init__(self, model_dir: str | Path, config: EngineConfig = EngineConfig(),
-                 version: int = 0, scratch: Path | None = None):
+                 version: int = 0, scratch: str | Path | None = None):
         # vLLM's processes talk through socket files, which it leaves behind when it is killed.
         self.sockets = tempfile.TemporaryDirectory(prefix="vllm-", dir=scratch)
         os.environ["VLLM_RPC_BASE_PATH"] = self.sockets.name
@@ -797,7 +797,7 @@ class AgentConfig:
     drafts: int = 3  # drafts before anything else
     debug_probability: float = 0.5  # of mending a failure rather than improving the best
     debug_depth: int = 3  # longest chain of debug steps
-    hours: float = 24.0  # wall-clock of one run, as MLE-bench recommends
+    hours: float = 24.0  # wall-clock of one run, waiting included; 24 is MLE-bench's advice
     crossover_probability: float = 0.0  # of combining the two best rather than improving the best
 
 
@@ -895,9 +895,13 @@ def choose_task(competition: Competition, traces: list[Trace], config: AgentConf
 
     if sum(t.operator == "draft" for t in traces) < config.drafts:
         return task("draft")
-    tried = {t.parent_id for t in traces}
+    tried, named = {t.parent_id for t in traces}, {t.id: t for t in traces}
+
+    def repairs(trace):  # debug steps in a row that lead to it
+        return 1 + repairs(named[trace.parent_id]) if trace.operator == "debug" else 0
+
     failures = [t for t in traces if not t.valid and t.code and t.id not in tried
-                and (t.operator != "debug" or t.depth <= config.debug_depth)]
+                and repairs(t) <= config.debug_depth]
     if failures and rng.random() < config.debug_probability:
         return task("debug", rng.choice(failures))
     best = choose_best(competition, traces)
@@ -1115,6 +1119,36 @@ def read_settings(path: str | Path, known) -> list[str]:
     return words
 
 
+GUARD = """
+import os, pathlib, select, shutil, signal, sys
+
+owner, scratch = int(sys.argv[1]), sys.argv[2]
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_IGN)
+try:
+    select.select([os.pidfd_open(owner)], [], [])
+except ProcessLookupError:
+    pass  # killed before we got here
+for process in pathlib.Path('/proc').glob('[0-9]*'):
+    try:
+        ours = f'VLLM_RPC_BASE_PATH={scratch}/'.encode() in (process / 'environ').read_bytes()
+        if ours and b'resource_tracker' not in (process / 'cmdline').read_bytes():
+            os.kill(int(process.name), signal.SIGKILL)
+    except OSError:
+        pass  # it has ended meanwhile, or is somebody else's
+shutil.rmtree(scratch, ignore_errors=True)
+"""
+
+
+def start_guard(scratch: str) -> None:
+    """Start a process that outlives this one, and when it has ended, however it did, kills the
+    engine's processes and removes `scratch`. They are known by their sockets there: vLLM's engine
+    survives a kill -9 of its owner, and would keep its GPU. Python's resource trackers stay: they
+    unlink shared memory once their clients are dead."""
+    subprocess.Popen([sys.executable, "-ISc", GUARD, str(os.getpid()), scratch], env={},
+                     start_new_session=True, stdin=subprocess.DEVNULL)
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Evaluate a policy as an agent: greedy tree search on every competition.",
@@ -1221,12 +1255,14 @@ def main(argv: list[str] | None = None) -> int:
                         args.hours, args.crossover_probability)
     config = RolloutConfig(args.max_response_tokens, args.temperature, timeout=args.timeout)
     gpus = [gpu for gpu in args.sandbox_gpus.split(",") if gpu]
+    scratch = tempfile.mkdtemp(prefix="acegrpo-evaluation-")
+    start_guard(scratch)
     with Sandbox(
             slots=args.slots, timeout=args.timeout, cpu_seconds=args.cpu_seconds or None,
             memory_mb=args.memory_mb, disk_mb=args.disk_mb, file_mb=args.disk_mb,
             threads=args.threads,
             gpus=[gpus[slot % len(gpus)] for slot in range(args.slots)] if gpus else None,
-            unsafe=args.unsafe, attempts=2) as sandbox:
+            unsafe=args.unsafe, scratch=scratch, attempts=2) as sandbox:
         if sandbox.problem:
             print(f"rollout.py: scripts cannot be isolated here: {sandbox.problem}; --unsafe runs "
                   "them without isolation", file=sys.stderr)
@@ -1237,16 +1273,18 @@ def main(argv: list[str] | None = None) -> int:
             args.description_chars, args.preview_chars, args.output_chars, args.memory_chars))
         engine = Engine(args.model, EngineConfig(
             max_model_len=args.max_model_len, max_num_seqs=args.max_num_seqs, dtype=args.dtype,
-            tensor_parallel_size=args.tensor_parallel, kv_cache_gib=args.kv_cache_gib or None))
+            tensor_parallel_size=args.tensor_parallel, kv_cache_gib=args.kv_cache_gib or None),
+            scratch=scratch)
         try:
             runs = evaluate(competitions, range(args.seeds), engine, sandbox, prompter, config,
                             agent, args.parallel, folder)
         except CompetitionError as error:
             print(f"rollout.py: {error}", file=sys.stderr)
             return 2
-        except KeyboardInterrupt:
-            print("\nrollout.py: interrupted; the same command goes on", file=sys.stderr)
-            return 130
+        except (KeyboardInterrupt, EngineDead) as error:
+            what = str(error) or "\ninterrupted"
+            print(f"{what}; the same command goes on", file=sys.stderr)
+            return 1 if isinstance(error, EngineDead) else 130
         finally:
             engine.close()
     limits = {"hours_per_competition": args.hours, "hours_per_execution": args.timeout / 3600,

@@ -20,6 +20,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import tiny_policy
 from fakes import FakeEngine, FakePrompter, FakeSandbox
@@ -371,6 +372,14 @@ def test_search_drafts_first_then_debugs_or_improves(competition):
     assert (task.operator, task.parent.id) == ("debug", "a")
     tried = failed + [trace("c", operator="debug", parent="a", depth=1)]
     assert choose_task(competition, tried, agent, rng).parent.id == "c"  # its leaf, not a again
+    # Repairs are counted in a row: an improvement further down the tree may fail and be mended too.
+    chain = [trace("g", True, 1.0), trace("a"), trace("b", operator="improve", parent="g", depth=7)]
+    chain += [trace(f"d{i}", operator="debug", parent=f"d{i - 1}" if i else "b", depth=8 + i)
+              for i in range(3)]
+    short = AgentConfig(drafts=1, debug_probability=1.0, debug_depth=2)
+    assert {choose_task(competition, chain[:-1], short, rng).parent.id for _ in range(40)} == {
+        "a", "d1"}
+    assert {choose_task(competition, chain, short, rng).parent.id for _ in range(40)} == {"a"}
     never = AgentConfig(drafts=2, debug_probability=0.0)
     task = choose_task(competition, failed, never, rng)
     assert (task.operator, task.parent.id) == ("improve", "b")
@@ -558,6 +567,37 @@ def test_an_evaluation_that_is_killed_goes_on_and_gives_the_same_report(tmp_path
     assert outcome(cut) == outcome(whole)
     for path, lines in before.items():  # what was done was not done again
         assert path.read_text().splitlines()[:len(lines)] == lines
+
+
+def test_what_an_evaluation_leaves_behind_is_removed_when_it_is_killed(tmp_path):
+    """The engine is a process that does not notice the end of its owner."""
+    scratch = tmp_path / "scratch"
+    (scratch / "vllm-x").mkdir(parents=True)
+    code = f"""
+import os, subprocess, sys, time
+sys.path.insert(0, {str(Path(rollout.__file__).parent)!r})
+import rollout
+rollout.start_guard({str(scratch)!r})
+sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
+engine = subprocess.Popen(sleep, env={{"VLLM_RPC_BASE_PATH": {str(scratch / "vllm-x")!r}}})
+other = subprocess.Popen(sleep, env={{"VLLM_RPC_BASE_PATH": {str(tmp_path / "vllm-y")!r}}})
+print(engine.pid, other.pid, flush=True)
+time.sleep(600)
+"""
+    owner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    engine, other = (psutil.Process(int(pid)) for pid in owner.stdout.readline().split())
+    try:
+        assert engine.is_running() and scratch.exists()
+        owner.kill()
+        owner.wait()
+        end = time.monotonic() + 60
+        while scratch.exists() and time.monotonic() < end:
+            time.sleep(0.05)
+        assert not scratch.exists()
+        assert not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE
+        assert other.is_running()
+    finally:
+        other.kill()
 
 
 def test_a_record_is_not_mixed_with_other_settings(tmp_path):
