@@ -1353,7 +1353,8 @@ def train(config: Config, resume: bool) -> None:
         store, _, _ = next(rendezvous("env://"))
         if one_node:
             # torchrun keeps one store for all its restarts, full of the addresses of dead ranks
-            # (pytorch #135712). Agents of several nodes count their restarts apart: see README.
+            # (pytorch #135712). Agents of several nodes count their restarts apart: there, start
+            # torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             store = dist.PrefixStore(f"attempt_{attempt}", store)
         store.set(f"here_{rank}", "")  # the timeout is for what follows, not for a slow start
@@ -1439,10 +1440,13 @@ def prepare_run_dir(config: Config, resume: bool, splits: tuple[list, list]) -> 
                         "or another directory")
     run_dir.mkdir(parents=True, exist_ok=True)
     run_dir.chmod(0o700)
+    new = run_dir / "config.json.new"
+    new.write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
+    new.replace(run_dir / "config.json")  # at one stroke: without it nothing can be resumed
     (run_dir / "launch").write_text(f"{start_of_run():.2f}")
-    (run_dir / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
     ids = {name: [c.id for c in own] for name, own in zip(("train", "heldout"), splits)}
-    (run_dir / "splits.json").write_text(json.dumps(ids, indent=1) + "\n")
+    (run_dir / "splits.json").write_text(json.dumps(ids, indent=1) + "
+")
 
 
 def print_plan(config: Config, splits: tuple[list, list]) -> None:

@@ -633,13 +633,13 @@ def launch(world, command, **fake) -> Started:
 
 def test_the_rollout_process_dies(world):
     run = launch(world, [sys.executable] + command(world), die=["rollout", 3])
-    assert run.process.wait(60) == 1
+    assert run.process.wait(300) == 1
     last = run.log.read_text().splitlines()[-1]
     assert "the rollout process has ended with exit code -9" in last
     assert f"--resume {world.dir}" in last
     run.assert_nothing_stays()
     run = launch(world, [sys.executable, str(FAKES), "--resume", str(world.dir)])
-    run.finish(60)
+    run.finish(300)
     world.assert_good(epochs=2)
     run.assert_nothing_stays()
 
@@ -648,7 +648,7 @@ def test_torchrun_replaces_a_dead_learner_rank_and_the_run_goes_on(world):
     """--max-restarts: the new ranks find the run directory, whose name nobody gave, by themselves."""
     flags = command(world, learner_ranks=2, run_dir="")
     run = launch(world, torchrun(3) + ["--max-restarts=1"] + flags, die=["learner 1", 3])
-    text = run.finish(120)
+    text = run.finish(300)
     assert "resuming" in text and "after step 2" in text
     (world.dir,) = (world.folder / "runs").iterdir()
     world.assert_good(epochs=2)
@@ -672,7 +672,7 @@ def test_executions_may_outlast_the_timeout_of_collectives(world, execution, tim
     flags = command(world, learner_ranks=2, collective_timeout=timeout, steps=1, responses=2,
                     groups=1, eval_drafts=0)
     run = launch(world, torchrun(3) + flags, execution_seconds=execution)
-    run.finish(60 + 10 * execution)
+    run.finish(300)
     metrics = world.assert_good(steps=1)
     assert min(m["seconds_wait"] for m in metrics) > execution - 0.5
     run.assert_nothing_stays()
@@ -681,7 +681,7 @@ def test_executions_may_outlast_the_timeout_of_collectives(world, execution, tim
 def test_the_key_of_the_queues_is_in_no_argument_environment_or_file(world):
     run = launch(world, [sys.executable] + command(world, steps=30), execution_seconds=0.05,
                  show_key=str(world.folder / "key"))
-    wait_until(lambda: len(world.rows("metrics.jsonl")) > 1, 60, "two steps", run.log)
+    wait_until(lambda: len(world.rows("metrics.jsonl")) > 1, 300, "two steps", run.log)
     key, seen = (world.folder / "key").read_bytes(), 0
     spellings = [key, key.hex().encode(), base64.b64encode(key)[:-1], repr(key).encode()[2:-1]]
     for process in psutil.Process(run.process.pid).children(recursive=True) + [run.process]:
@@ -690,7 +690,7 @@ def test_the_key_of_the_queues_is_in_no_argument_environment_or_file(world):
             seen += 1
             assert not any(spelling in text for spelling in spellings)
     assert seen >= 2 * 4  # rank 0, its rollout process, a guard each
-    run.finish(60)
+    run.finish(300)
     for path in [run.log, *world.dir.rglob("*")]:
         if path.is_file():
             assert not any(spelling in path.read_bytes() for spelling in spellings)
