@@ -414,40 +414,65 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     return left @ right
 
 
-def _example() -> None:
-    """Two groups of four traces, one update of a toy policy, step by step."""
+# ----------------------------------------------------------------------------------- worked example
+
+
+def main() -> None:
+    """From rewards to a better policy, in small numbers."""
     torch.manual_seed(0)
     rewards = torch.tensor([[0.0, 0.1, 0.1, 0.7], [0.5, 0.5, 0.5, 0.5]])  # (B, G)
-    print("rewards of two groups (the second agrees: no signal)\n", rewards.numpy())
-    for kind in ADVANTAGES:
-        print(f"advantages, {kind}\n", group_advantages(rewards, kind).numpy().round(3))
+    print("1. Rewards of two groups of four traces; the second agrees: nothing to learn from it.")
+    rows = {"rewards": rewards} | {kind: group_advantages(rewards, kind) for kind in ADVANTAGES}
+    for name, values in rows.items():
+        print(f"   {name:8}", "   ".join(" ".join(f"{value:+.3f}" for value in group)
+                                        for group in values.tolist()))
+    print("   Both advantages are r - mean; grpo also divides by the group's standard deviation.")
 
+    print("\n2. The clip at 0.2: a token whose probability is `ratio` times what it was sampled with.")
+    print("   ratio    A = +1: loss  gradient    A = -1: loss  gradient")
+    for ratio in (0.5, 1.0, 1.5):
+        cells = []
+        for advantage in (1.0, -1.0):
+            logprob = torch.tensor([[ratio]]).log().requires_grad_()  # (1, 1), sampled with 1
+            loss, _ = policy_loss(logprob, torch.zeros(1, 1), torch.tensor([advantage]),
+                                  torch.ones(1, 1), "dapo")
+            loss.backward()
+            cells.append(f"{loss.item():13.2f} {logprob.grad.item() + 0.0:9.2f}")
+        print(f"   {ratio:5.2f} ", "    ".join(cells))
+    print("   Gradient 0: it has moved far enough the right way. One that moved the wrong way keeps "
+          "its own.")
+
+    print("\n3. What one token weighs, in a batch of two sequences of 4 and 1 tokens, limit 8:")
+    mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0]])  # (N, T)
+    for kind in LOSSES:
+        values = torch.ones(2, 4, requires_grad=True)  # (N, T)
+        aggregate(values, mask, kind, loss_denominator(mask.sum(1), kind, 8)).backward()
+        print(f"   {kind:8} long {values.grad[0, 0]:.4f}   short {values.grad[1, 0]:.4f}")
+
+    print("\n4. One update of a toy policy on the rewards above, by the gradient of each loss:")
     hidden = torch.randn(8 * 5, 16)  # (N * T, H)
     head = (0.3 * torch.randn(32, 16)).requires_grad_()  # (V, H)
     tokens = torch.randint(0, 32, (8 * 5,))  # (N * T,)
     advantages = group_advantages(rewards, "dr_grpo").flatten()  # (N,)
     mask = torch.ones(8, 5, dtype=torch.bool)  # (N, T)
     mask[3, 3:] = False  # the best trace stopped after three tokens
-    with torch.no_grad():
-        behavior = chunked_token_logprobs(hidden, head, tokens)[0].view(8, 5)  # (N, T)
-    behavior = behavior + 0.02 * torch.randn(8, 5)  # (N, T), the engine rounds differently
-    print(f"\n{'loss':8} {'value':>8} {'|gradient|':>10}   importance ratio, effective samples")
+
+    def logprobs_of(weight):
+        return chunked_token_logprobs(hidden, weight, tokens)[0].view(8, 5)  # (N, T)
+
+    before = logprobs_of(head).detach()  # (N, T)
+    behavior = before + 0.02 * torch.randn(8, 5)  # (N, T), the engine rounds differently
+    print("   loss        value   ratio   ess      change of log pi(trace), group 1")
     for kind in LOSSES:
-        logprobs = chunked_token_logprobs(hidden, head, tokens)[0].view(8, 5)  # (N, T)
-        loss, metrics = policy_loss(logprobs, behavior, advantages, mask, kind)
+        loss, metrics = policy_loss(logprobs_of(head), behavior, advantages, mask, kind)
         (gradient,) = torch.autograd.grad(loss, head)  # (V, H)
-        print(f"{kind:8} {loss.item():8.4f} {gradient.norm():10.4f}   "
-              f"{metrics['is_ratio_mean']:.4f}, {metrics['ess']:.4f}")
-    print("\none step down the gradient of dr_grpo raises the best trace and lowers the worst:")
-    loss, _ = policy_loss(chunked_token_logprobs(hidden, head, tokens)[0].view(8, 5), behavior,
-                          advantages, mask, "dr_grpo")
-    (gradient,) = torch.autograd.grad(loss, head)  # (V, H)
-    with torch.no_grad():
-        before = chunked_token_logprobs(hidden, head, tokens)[0].view(8, 5)  # (N, T)
-        after = chunked_token_logprobs(hidden, head - gradient, tokens)[0].view(8, 5)  # (N, T)
-    change = ((after - before) * mask).sum(dim=1)  # (N,)
-    print("change of log pi(trace):", " ".join(f"{value:+.3f}" for value in change))
+        moved = head - 0.1 * gradient / gradient.norm()  # (V, H), a step of the same length
+        change = ((logprobs_of(moved) - before) * mask).sum(dim=1)[:4].tolist()  # (G,)
+        print(f"   {kind:8} {loss.item():8.4f}  {metrics['is_ratio_mean']:.4f}  "
+              f"{metrics['ess']:.4f}  ", " ".join(f"{value:+.3f}" for value in change))
+    print("   The best trace (0.7) becomes likelier, the worst (0.0) less likely. ratio, ess: policy "
+          "over\n   engine, and the effective sample size; 1 when the two agree.")
 
 
 if __name__ == "__main__":
-    _example()
+    main()
