@@ -4,8 +4,10 @@
 
 Reads metrics.jsonl (one object a learner step) and, where there is one, eval.jsonl (the frozen
 policy's drafts before and after training). A single run is drawn by operator; several runs are
-told apart by colour. Strong lines are smoothed (a Gaussian window of about a twentieth of the
-run), the faint ones behind them are the figures as logged.
+told apart by colour. Runs whose config.json differs in nothing but the seed are drawn as one: their
+mean, over the steps that all of them have, with each seed faint behind it. Strong lines are
+smoothed (a Gaussian window of about a twentieth of the run), the faint ones behind a single run
+are the figures as logged.
 
 Values that are null or missing leave a gap. Exit status 2, with one line on stderr, when a run has
 no metrics or the picture cannot be written.
@@ -15,8 +17,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
-from dataclasses import dataclass
+from collections import defaultdict
+from dataclasses import dataclass, field
+from os.path import commonprefix
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +60,7 @@ class Run:
     color: str
     rows: list[dict]  # of metrics.jsonl
     evals: list[dict]  # of eval.jsonl
+    seeds: list[Run] = field(default_factory=list)  # the runs that this one is the mean of
 
     def __getitem__(self, column: str) -> np.ndarray:
         """(steps,) float; nan where the value is null or missing."""
@@ -96,6 +102,58 @@ def load_run(directory: Path, color: str) -> Run:
     return Run(directory.resolve().name, color, rows, read_jsonl(evals) if evals.is_file() else [])
 
 
+def load_runs(directories: list[Path]) -> list[Run]:
+    """The runs to compare: one a directory, or one for several that differ in their seed only."""
+    seeds: dict[str, list[Run]] = defaultdict(list)
+    for directory, name in zip(directories, distinct_names(directories), strict=True):
+        run = load_run(directory, "")
+        run.name = name
+        config = directory / "config.json"
+        setting = json.loads(config.read_text()) if config.is_file() else {"alone": len(seeds)}
+        setting |= {"seed": None, "run_dir": None}
+        seeds[json.dumps(setting, sort_keys=True)].append(run)
+    runs = [group[0] if len(group) == 1 else mean_run(group) for group in seeds.values()]
+    for i, run in enumerate(runs):
+        run.color = RUNS[i % len(RUNS)]
+    return runs
+
+
+def distinct_names(directories: list[Path]) -> list[str]:
+    """As much of the end of each path as tells them apart.
+
+    >>> distinct_names([Path("/a/full"), Path("/a/none")])
+    ['full', 'none']
+    >>> distinct_names([Path("/full/0"), Path("/none/0")])
+    ['full/0', 'none/0']
+    """
+    paths = [directory.resolve() for directory in directories]
+    for depth in range(1, 1 + max(len(path.parts) for path in paths)):
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(set(paths)):
+            break
+    return names
+
+
+def mean_run(seeds: list[Run]) -> Run:
+    """The mean of every column over the seeds that have a value, at the steps that all have.
+
+    >>> rows = [[{"step": 1, "kl": 0.5}, {"step": 2, "kl": 9}], [{"step": 1, "kl": None, "x": 2}]]
+    >>> run = mean_run([Run(f"full-{i}", "", rows[i], []) for i in range(2)])
+    >>> run.name, run.rows
+    ('full (2 seeds)', [{'step': 1.0, 'kl': 0.5, 'x': 2.0}])
+    """
+    rows = []
+    for of_step in zip(*(run.rows for run in seeds), strict=False):
+        names = dict.fromkeys(name for row in of_step for name in row)
+        values = {name: [row[name] for row in of_step if np.isfinite(_number(row.get(name)))]
+                  for name in names}
+        rows.append({name: float(np.mean(v)) if v else None for name, v in values.items()})
+    same = commonprefix([run.name for run in seeds])
+    name = re.sub(r"[-_/. ]*(seed)?[-_/. ]*\d*$", "", same) or seeds[0].name
+    return Run(f"{name} ({len(seeds)} seeds)", "", rows, [e for run in seeds for e in run.evals],
+               seeds)
+
+
 def smooth(values: np.ndarray) -> np.ndarray:
     """Gaussian-weighted mean of the neighbours, ignoring nan; nan stays nan.
 
@@ -120,7 +178,10 @@ def curve(ax, run: Run, column: str, color: str, label: str | None, width=2.0, s
     if not known.any():
         return
     steps, values = run.steps[known], values[known]  # joins over the steps without a value
-    ax.plot(steps, values, color=color, alpha=0.22, linewidth=0.9)
+    if not run.seeds:
+        ax.plot(steps, values, color=color, alpha=0.22, linewidth=0.9)
+    for seed in run.seeds:
+        ax.plot(seed.steps, smooth(seed[column]), color=color, alpha=0.35, linewidth=0.9)
     few = len(values) < 3
     ax.plot(steps, values if few else smooth(values), style, color=color, linewidth=width,
             label=label, marker="o" if few else None, markersize=4)
@@ -266,8 +327,7 @@ def eval_panel(ax, runs: list[Run], split: str) -> None:
 
 def plot(directories: list[Path | str], out: Path | str) -> None:
     """Draw the runs into one PNG. Raises PlotError with a one-line message."""
-    runs = [load_run(Path(directory), RUNS[i % len(RUNS)])
-            for i, directory in enumerate(directories)]
+    runs = load_runs([Path(directory) for directory in directories])
     splits = [s for s in SPLITS if any(row.get("split") == s for r in runs for row in r.evals)]
     with rc_context(STYLE):
         figure = draw(runs, splits)

@@ -1,6 +1,5 @@
 """Learning curves as a picture.   python -m pytest tests/test_plot.py"""
 
-import doctest
 import json
 
 import numpy as np
@@ -39,13 +38,9 @@ def labels(figure):
 
 
 def draw(*directories):
-    runs = [load_run(d, module.RUNS[i]) for i, d in enumerate(directories)]
+    runs = module.load_runs(directories)
     splits = [s for s in module.SPLITS if any(r["split"] == s for run in runs for r in run.evals)]
     return labels(module.draw(runs, splits))
-
-
-def test_doctests():
-    assert doctest.testmod(module).failed == 0
 
 
 def test_smoothing_keeps_constants_gaps_and_the_mean():
@@ -82,6 +77,32 @@ def test_several_runs_are_told_apart_by_colour(tmp_path):
     assert {line.get_color() for line in panels["Reward"].lines} == set(module.RUNS[:2])
     bars = panels["Where the time goes"].patches  # five stages of each run, shares of 6.6 s
     assert len(bars) == 10 and bars[0].get_height() == pytest.approx(3 / 6.6)
+
+
+def test_seeds_of_one_setting_are_one_mean_with_each_seed_behind_it(tmp_path):
+    for name, seed, steps, loss, rate in [
+            ("full-0", 0, 8, "grpo", 0.2), ("full-1", 1, 6, "grpo", 0.4),
+            ("dapo-0", 0, 8, "dapo", 0.9)]:
+        run = write_run(tmp_path / name, steps, evaluated=True, reward_mean=rate)
+        config = {"seed": seed, "loss": loss, "run_dir": name}
+        (run / "config.json").write_text(json.dumps(config))
+    directories = [tmp_path / name for name in ("full-0", "dapo-0", "full-1")]
+    runs = module.load_runs(directories)
+    assert [run.name for run in runs] == ["full (2 seeds)", "dapo-0"]
+    assert len(runs[0].rows) == 6 and runs[0]["reward_mean"] == pytest.approx(0.3)
+    means = [(line.get_ydata().mean(), line.get_linewidth())
+             for line in draw(*directories)["Reward"].lines if line.get_color() == runs[0].color]
+    assert sorted(means) == [pytest.approx(x) for x in [(0.2, 0.9), (0.3, 2.0), (0.4, 0.9)]]
+    module.plot(directories, tmp_path / "curves.png")
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folder(tmp_path):
+    for setting in ("full", "none"):
+        (tmp_path / setting).mkdir()
+        write_run(tmp_path / setting / "0", 3)
+    runs = module.load_runs([tmp_path / "full/0", tmp_path / "none/0"])
+    assert [run.name for run in runs] == ["full/0", "none/0"]
+    assert runs[0].color != runs[1].color
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
