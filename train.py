@@ -28,6 +28,7 @@ What is whose:
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -90,6 +91,8 @@ class Config:
     eval_drafts: int = opt(32, "drafts per competition before and after training; 0: no evaluation")
     checkpoint_every: int = opt(20, "steps between checkpoints; the last step always has one")
     keep_checkpoints: int = opt(2, "checkpoints kept; older ones are deleted")
+    tensorboard: bool = opt(False, "write the numbers of metrics.jsonl for TensorBoard too, into "
+                                   "<run-dir>/tensorboard")
     # --- roles
     learner_ranks: int = opt(0, "L: ranks that learn, the others roll out; 0: half of them")
     tensor_parallel: int = opt(1, "GPUs per engine; so many rollout ranks share one engine")
@@ -263,6 +266,8 @@ def validate(config: Config, world_size: int) -> None:
     if rollout_ranks % config.tensor_parallel:
         raise UserError(f"--tensor-parallel {config.tensor_parallel} does not divide the "
                         f"{rollout_ranks} rollout ranks")
+    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UserError("--tensorboard: the package is not installed; pip install tensorboard")
     if not config.run_dir:
         config.run_dir = f"runs/{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
 
@@ -853,6 +858,12 @@ class Run:
             self.evaluate("before")
         bar = tqdm(total=config.steps, initial=self.step, desc="training", unit="step",
                    dynamic_ncols=True)
+        board = None
+        if config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # The steps that a resumed run takes again replace the earlier ones.
+            board = SummaryWriter(self.dir / "tensorboard", purge_step=self.step + 1)
         while self.step < config.steps:
             started = time.monotonic()
             results = curriculum.next_batch()
@@ -875,6 +886,11 @@ class Run:
                         "seconds_sync": synced - learnt,
                         "seconds_step": time.monotonic() - started}
             append_jsonl(self.dir / "metrics.jsonl", [{**EMPTY_METRICS, **metrics}])
+            if board:
+                for name, value in metrics.items():
+                    if value is not None:
+                        board.add_scalar(name, value, self.step)
+                board.flush()
             bar.update()
             bar.set_postfix(
                 reward=f"{metrics['reward_mean']:.2f}", valid=f"{metrics['valid_rate']:.0%}",

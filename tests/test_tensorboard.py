@@ -1,0 +1,77 @@
+"""train.py --tensorboard: the numbers of metrics.jsonl, once more.
+
+    python -m pytest tests/test_tensorboard.py
+"""
+
+import importlib.util
+import json
+import queue
+import sys
+from collections import defaultdict
+from types import SimpleNamespace
+
+import pytest
+from fakes import FakeEngine, FakeLearner
+from test_train import make_config, make_curriculum, start_workers
+
+import train
+
+
+def training_run(run_dir, steps=3) -> list[dict]:
+    """The loop of train.Run with fakes around it; returns the rows of metrics.jsonl."""
+    config = make_config(steps=steps, tensorboard=True, checkpoint_every=2)
+    curriculum, engine, learner = make_curriculum(config), FakeEngine(), FakeLearner()
+    worker = start_workers(curriculum, engine, 2)
+    queues = defaultdict(queue.Queue, tasks=curriculum.tasks)
+    run = SimpleNamespace(
+        config=config, curriculum=curriculum, learner=learner, dir=run_dir, step=0, followers=[],
+        rollout_ranks=[1], queues=queues.__getitem__, publish=lambda: 0.0,
+        evaluate=lambda when: None, save=lambda: None,
+        everyone=lambda method, *arguments: getattr(learner, method)(*arguments))
+    train.Run.run(run)
+    worker.join()
+    curriculum.results.put(None)
+    return [json.loads(line) for line in open(run_dir / "metrics.jsonl")]
+
+
+def numbers(rows) -> dict:
+    return {(name, row["step"]): pytest.approx(float(value), rel=1e-5) for row in rows
+            for name, value in row.items() if value is not None}
+
+
+def test_every_number_of_metrics_jsonl_is_written(tmp_path, monkeypatch):
+    """With a writer that only takes notes, so that the package need not be there."""
+    written, flushed = {}, []
+
+    class SummaryWriter:
+        def __init__(self, log_dir, purge_step):
+            assert log_dir == tmp_path / "tensorboard" and purge_step == 1
+
+        def add_scalar(self, name, value, step):
+            written[name, step] = float(value)
+
+        def flush(self):
+            flushed.append(len(written))
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard",
+                        SimpleNamespace(SummaryWriter=SummaryWriter))
+    assert written == numbers(training_run(tmp_path)) and len(flushed) == 3
+    assert ("reward_mean", 3) in written and ("seconds_step", 1) in written
+
+
+def test_tensorboard_reads_what_is_written(tmp_path):
+    pytest.importorskip("tensorboard", reason="pip install tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    rows = training_run(tmp_path)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert {(name, event.step): event.value for name in events.Tags()["scalars"]
+            for event in events.Scalars(name)} == numbers(rows)
+
+
+def test_the_package_is_asked_for_in_one_line(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(train.UserError) as error:  # main() prints it and exits with status 2
+        train.validate(make_config(tensorboard=True), world_size=1)
+    assert "pip install tensorboard" in str(error.value) and "\n" not in str(error.value)
+    train.validate(make_config(tensorboard=False), world_size=1)
