@@ -1,6 +1,5 @@
 """Learning curves as a picture.   python -m pytest tests/test_plot.py"""
 
-import doctest
 import json
 
 import numpy as np
@@ -42,10 +41,6 @@ def draw(*directories):
     runs = module.load_runs(directories)
     splits = [s for s in module.SPLITS if any(r["split"] == s for run in runs for r in run.evals)]
     return labels(module.draw(runs, splits))
-
-
-def test_doctests():
-    assert doctest.testmod(module).failed == 0
 
 
 def test_smoothing_keeps_constants_gaps_and_the_mean():

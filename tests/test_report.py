@@ -239,6 +239,10 @@ def test_the_slider_takes_the_tree_back_to_an_earlier_version(opened):
         counts.append(opened.js(visible))
     assert counts == sorted(counts, reverse=True) and counts[0] > counts[-1] > 0
     assert opened.js("document.querySelector('#shown').textContent").startswith("version 0: ")
+    opened.click("#play")  # and it grows again, up to the last version
+    grown = "+document.querySelector('#version').value === 3"
+    assert opened.js(f"""new Promise(done => setInterval(() => {grown} && done(true), 50))""")
+    assert opened.js(visible) == counts[0]
 
 
 def test_the_other_panels(opened):
