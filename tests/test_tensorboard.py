@@ -7,6 +7,7 @@ import importlib.util
 import json
 import queue
 import sys
+import threading
 from collections import defaultdict
 from types import SimpleNamespace
 
@@ -19,16 +20,19 @@ import train
 
 def training_run(run_dir, steps=3) -> list[dict]:
     """The loop of train.Run with fakes around it; returns the rows of metrics.jsonl."""
-    config = make_config(steps=steps, tensorboard=True, checkpoint_every=2)
-    curriculum, engine, learner = make_curriculum(config), FakeEngine(), FakeLearner()
-    worker = start_workers(curriculum, engine, 2)
-    queues = defaultdict(queue.Queue, tasks=curriculum.tasks)
-    run = SimpleNamespace(
-        config=config, curriculum=curriculum, learner=learner, dir=run_dir, step=0, followers=[],
-        rollout_ranks=[1], queues=queues.__getitem__, publish=lambda: 0.0,
-        evaluate=lambda when: None, save=lambda: None,
-        everyone=lambda method, *arguments: getattr(learner, method)(*arguments))
-    train.Run.run(run)
+    config = make_config(steps=steps, tensorboard=True, checkpoint_every=2, watchdog=0.0)
+    curriculum, learner = make_curriculum(config), FakeLearner()
+    worker = start_workers(curriculum, FakeEngine(), 2)
+
+    class Run(train.Run):
+        def __init__(self):
+            self.config, self.curriculum, self.learner = config, curriculum, learner
+            self.dir, self.step, self.evaluated, self.followers = run_dir, 0, True, []
+            self.rollout_ranks, self.over = [1], threading.Event()
+            self.queues = defaultdict(queue.Queue, tasks=curriculum.tasks).__getitem__
+            self.publish, self.save, self.evaluate = lambda: 0.0, lambda: None, lambda when: None
+
+    Run().run()
     worker.join()
     curriculum.results.put(None)
     return [json.loads(line) for line in open(run_dir / "metrics.jsonl")]
