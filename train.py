@@ -1445,8 +1445,7 @@ def prepare_run_dir(config: Config, resume: bool, splits: tuple[list, list]) -> 
     new.replace(run_dir / "config.json")  # at one stroke: without it nothing can be resumed
     (run_dir / "launch").write_text(f"{start_of_run():.2f}")
     ids = {name: [c.id for c in own] for name, own in zip(("train", "heldout"), splits)}
-    (run_dir / "splits.json").write_text(json.dumps(ids, indent=1) + "
-")
+    (run_dir / "splits.json").write_text(json.dumps(ids, indent=1) + "\n")
 
 
 def print_plan(config: Config, splits: tuple[list, list]) -> None:
