@@ -61,7 +61,7 @@ class World:
         """A run from its start to its end. `connection` may put something between the rollout
         rank and the address of the queue server; the other arguments replace fakes or settings."""
         config = self.config(**changes)
-        train.prepare_run_dir(config, resume)
+        train.prepare_run_dir(config, resume, ([], []))
         return self.play(config, resume, connection, engine, sandbox, learner)
 
     def play(self, config, resume, connection=lambda address: address, engine=None, sandbox=None,
@@ -661,7 +661,7 @@ def test_a_directory_of_another_run_is_not_resumed_by_a_restart(world, monkeypat
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert not train.restarted_by_torchrun(world.config())
-    train.prepare_run_dir(world.config(), resume=True)
+    train.prepare_run_dir(world.config(), True, ([], []))
     assert train.restarted_by_torchrun(world.config())
 
 

@@ -327,7 +327,7 @@ def test_a_fresh_clone_is_told_to_make_its_data(tmp_path, monkeypatch, capsys):
 def test_the_hint_to_resume_is_only_given_once_a_run_has_begun(tmp_path):
     config = make_config(run_dir=str(tmp_path))
     assert "--resume" not in train.how_to_go_on(config)
-    train.prepare_run_dir(config, resume=False)
+    train.prepare_run_dir(config, False, ([], []))
     assert f"--resume {tmp_path}" in train.how_to_go_on(config)
 
 
