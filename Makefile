@@ -2,6 +2,7 @@
 #
 #   make train   set up, prepare the tiny policy and the mini competitions, train, plot
 #   make test    set up, run the tests that CI runs
+#   make study   the ablations; hours
 
 PYTHON ?= python3.11
 VENV := .venv
@@ -13,7 +14,7 @@ CPU_WHEELS := https://download.pytorch.org/whl/cpu
 SEED ?= 0
 RUN ?= runs/first
 
-.PHONY: setup data train test test-long clean
+.PHONY: setup data train study test test-long clean
 
 setup: $(VENV)/ready
 
@@ -41,6 +42,10 @@ train: data
 	$(BIN)/python train.py --preset tiny --run-dir $(RUN) --seed $(SEED)
 	$(BIN)/python examples/plot.py $(RUN) --out $(RUN)/curves.png
 	@echo "learning curves: $(RUN)/curves.png"
+
+# Hours; goes on where it was cut. See the header of examples/study.py.
+study: data
+	$(BIN)/python examples/study.py --out runs/study
 
 test: setup
 	$(BIN)/python -m pytest -q -m "not long" -rs --durations=10
