@@ -81,7 +81,8 @@ def arguments(world: Path, run_dir: Path, **flags) -> list[str]:
 
 def torchrun(ranks: int) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}",
-            "--master-port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+            "--master-port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0",
+            "--log-dir=torchrun"]  # else it leaves a temporary folder
 
 
 class Started:
