@@ -323,13 +323,13 @@ def rollouts_of(results: list[dict]) -> int:
     return next(iter(counts))
 
 
-def draw(rows: list[dict], results: list[dict], out: Path) -> None:
-    """Differences to `full`, medals, groups without gradient over the run, and minutes."""
+def draw(rows: list[dict], out: Path) -> None:
+    """Differences to `full`, medals, groups without gradient, and minutes; arms downwards."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
-    from plot import INK, MUTED, RUNS, STYLE, legend, smooth, title
+    from plot import INK, MUTED, RUNS, STYLE, legend, title
 
     arms = [a for a in (BEFORE, *ARMS) if any(r["arm"] == a for r in rows)]
     names = ["before RL" if a == BEFORE else a for a in arms]
@@ -337,8 +337,6 @@ def draw(rows: list[dict], results: list[dict], out: Path) -> None:
     splits = list(dict.fromkeys(r["split"] for r in rows))
     colors = {split: RUNS[i] for i, split in enumerate(splits)}
     shift = {split: 0.22 * ((len(splits) - 1) / 2 - i) for i, split in enumerate(splits)}
-    by_arm = {arm: [r["training"] for r in results if r["arm"] == arm and r["training"]]
-              for arm in arms}
     with rc_context(STYLE):
         figure = Figure(figsize=(15, 9.5))
         grid = figure.add_gridspec(2, 2, left=0.08, right=0.98, top=0.91, bottom=0.06, hspace=0.35,
@@ -360,22 +358,15 @@ def draw(rows: list[dict], results: list[dict], out: Path) -> None:
             ranks.plot([], [], "o", color=colors[split], label=SPLITS[split])
         legend(ranks, ncols=1)
         ranks.axvline(0, color=MUTED, linewidth=1)
-        medals.xaxis.set_major_formatter(PercentFormatter(1.0))
-        title(zeros, "Groups without gradient", "share of a step's groups, mean over seeds")
-        for number, (arm, runs) in enumerate((a, r) for a, r in by_arm.items() if r):
-            share = np.mean([1 - np.divide(r["groups_trained"], r["groups"]) for r in runs], 0)
-            shown = smooth(share) if len(share) > 2 else share
-            zeros.plot(range(1, len(share) + 1), shown, color=RUNS[number % len(RUNS)], label=arm)
-        zeros.set_ylim(bottom=0)
-        zeros.yaxis.set_major_formatter(PercentFormatter(1.0))
-        zeros.set_xlabel("learner step", fontsize=8.5, loc="right")
-        legend(zeros)
-        title(minutes, "Minutes of training", "mean and standard error over training seeds")
-        for arm, runs in by_arm.items():
-            if runs:
-                mean, error = mean_and_error([r["minutes"] for r in runs])
-                minutes.barh(places[arm], mean, 0.6, xerr=error, color="#9db3d8", ecolor=INK)
-        for ax in (ranks, medals, minutes):
+        title(zeros, "Groups without gradient", "share over the run; bar: standard error")
+        title(minutes, "Minutes of training", "learner steps alone; bar: standard error")
+        for row in (r for r in rows if r["split"] == splits[0] and r["arm"] != BEFORE):
+            for ax, name in ((zeros, "no gradient"), (minutes, "minutes")):
+                mean, error = row[name]
+                ax.barh(places[row["arm"]], mean, 0.6, xerr=error, color="#9db3d8", ecolor=INK)
+        for ax in (medals, zeros):
+            ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        for ax in (ranks, medals, zeros, minutes):
             ax.grid(axis="y", visible=False)
             ax.grid(axis="x", visible=True)
             ax.set_yticks(list(places.values()), names)
@@ -391,7 +382,7 @@ def report(args: argparse.Namespace, picture: bool) -> None:
         rows = summarize(results, args.splits, args.agent_steps)
         (args.out / "table.md").write_text(markdown(rows, results, args))
         if picture:
-            draw(rows, results, args.out / "study.png")
+            draw(rows, args.out / "study.png")
 
 
 # ---------------------------------------------------------------------------------------------
