@@ -2,7 +2,7 @@
 #
 #   make train   set up, prepare the tiny policy and the mini competitions, train, plot
 #   make test    set up, run the tests that CI runs
-#   make study   the ablations; hours
+#   make study   the ablations, hours on two cores; again to go on; STUDY=--final for held-out data
 
 PYTHON ?= python3.11
 VENV := .venv
@@ -43,9 +43,8 @@ train: data
 	$(BIN)/python examples/plot.py $(RUN) --out $(RUN)/curves.png
 	@echo "learning curves: $(RUN)/curves.png"
 
-# Hours; goes on where it was cut. See the header of examples/study.py.
 study: data
-	$(BIN)/python examples/study.py --out runs/study
+	$(BIN)/python examples/study.py --out runs/study $(STUDY)
 
 test: setup
 	$(BIN)/python -m pytest -q -m "not long" -rs --durations=10

@@ -125,7 +125,7 @@ class Started:
 
     def assert_nothing_stays(self) -> None:
         wait_until(lambda: not self.alive(), 30, f"the end of {self.alive()}", self.log)
-        wait_until(lambda: shared_memory() <= self.shm, 10,
+        wait_until(lambda: not (left := shared_memory() - self.shm) or not (left - in_use(left)), 10,
                    f"clean shared memory {shared_memory() - self.shm}")
         wait_until(lambda: not os.listdir(self.temporary), 10,
                    f"a clean temporary folder {os.listdir(self.temporary)}")
@@ -133,6 +133,18 @@ class Started:
 
 def shared_memory() -> set[str]:
     return set(os.listdir("/dev/shm"))
+
+
+def in_use(names: set[str]) -> set[str]:
+    """Those that a living process has mapped or knows by its arguments: another run's."""
+    found = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            text = (process / "cmdline").read_text() + (process / "maps").read_text()
+            found |= {name for name in names if name in text}
+        except (OSError, UnicodeDecodeError):
+            pass  # it has ended
+    return found
 
 
 def wait_until(condition, seconds: float, what: str, log: Path | None = None) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import bench_async
 import study
 from test_sandbox_attacks import make_competition
 
@@ -216,3 +217,19 @@ def test_the_interval_covers_both_seeds_and_competitions():
 def test_arms_with_other_numbers_of_rollouts_are_not_compared():
     with pytest.raises(study.StudyError, match="full-0 120, uniform-0 96"):
         study.rollouts_of([result("full", 0, [[1.0]]), result("uniform", 0, [[1.0]], rollouts=96)])
+
+
+def test_the_benchmark_of_asynchrony_compares_stages_and_steps(tmp_path):
+    rows = [{"seconds_step": 10.0, "seconds_wait": 5.0, "seconds_learn": 3.0, "seconds_sync": 1.0,
+             "seconds_rollout": 2.0, "seconds_sandbox": 3.0, "staleness_mean": 0.0},
+            {"seconds_step": 12.0, "seconds_wait": 7.0, "seconds_learn": 3.0, "seconds_sync": 1.0,
+             "seconds_rollout": 2.0, "seconds_sandbox": 5.0, "staleness_mean": 0.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    evals = [{"when": when, "valid_rate": rate, "human_rank": rate / 2}
+             for when, rate in (("before", 0.1), ("after", 0.6), ("after", 0.8))]
+    (tmp_path / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in evals))
+    found = bench_async.measure(tmp_path)
+    assert (found["step"], found["wait"], found["valid"]) == pytest.approx((11.0, 6.0, 0.7))
+    ratio, ideal = bench_async.compare(found, found | {"step": 6.875})
+    assert ratio == pytest.approx(1.6)
+    assert ideal == pytest.approx((6 + 4) / 6)

@@ -1,0 +1,93 @@
+"""Wall-clock of asynchronous (eta = 2) against synchronous training when scripts are slow.
+
+    python examples/tiny_policy.py --hidden 512 --layers 8 --out data/policy-27m    # once
+    python tests/bench_async.py                                # flags of train.py follow a --
+
+Two runs of train.py with the same seed and the same number of learner steps. Scripts are made slow
+without using the machine: each sleeps in its slot first (--sandbox-delay, exponential). The policy
+has 27 million parameters, so that a learner step is as long as a rollout stage; with the 2 million
+of data/policy it is a tenth of it, and there would be little to overlap.
+
+Printed: seconds of each stage and of a step, what the frozen policies' drafts are worth, the ratio
+of the wall-clocks, and the ideal: with stages R (waiting for a batch) and L (learning, publishing)
+of the synchronous run, (R + L) / max(R, L).
+
+Both runs share the machine's cores between learner, engine and scripts: nothing else may run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(eta: int, folder: Path, args: argparse.Namespace) -> dict[str, float]:
+    """One training run: means over its steps, and its final quality."""
+    command = [sys.executable, ROOT / "train.py", "--preset", "tiny", "--model", args.model,
+               "--run-dir", folder, "--heldout", "", "--steps", args.steps, "--max-staleness", eta,
+               "--sandbox-delay", args.delay, "--sandbox-slots", args.slots, "--eval-drafts",
+               args.drafts, "--checkpoint-every", args.steps, *args.flags]
+    subprocess.run([str(word) for word in command], check=True)
+    return measure(folder)
+
+
+def measure(folder: Path) -> dict[str, float]:
+    def rows(name):
+        path = folder / name
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    metrics = rows("metrics.jsonl")
+    after = [row for row in rows("eval.jsonl") if row["when"] == "after"]
+
+    def mean(name, source=metrics):
+        return float(np.mean([row[name] for row in source])) if source else float("nan")
+
+    return {"steps": len(metrics), "step": mean("seconds_step"), "wait": mean("seconds_wait"),
+            "learn": mean("seconds_learn"), "sync": mean("seconds_sync"),
+            "generate": mean("seconds_rollout"), "execute": mean("seconds_sandbox"),
+            "staleness": mean("staleness_mean"), "valid": mean("valid_rate", after),
+            "human rank": mean("human_rank", after)}
+
+
+def compare(synchronous: dict[str, float], asynchronous: dict[str, float]) -> tuple[float, float]:
+    """(ratio of the wall-clocks, ideal ratio of two stages that overlap entirely)."""
+    stages = synchronous["wait"], synchronous["learn"] + synchronous["sync"]
+    return synchronous["step"] / asynchronous["step"], sum(stages) / max(stages)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
+                                     epilog="Flags of train.py may follow a --.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--model", default="data/policy-27m", help="the policy, see above")
+    add("--steps", type=int, default=24, help="learner steps of each run")
+    add("--delay", type=float, default=1.0, help="mean sleep before a script, seconds")
+    add("--slots", type=int, default=24, help="scripts that sleep or run at the same time")
+    add("--drafts", type=int, default=16, help="drafts per competition, for the final quality")
+    words = sys.argv[1:]
+    cut = words.index("--") if "--" in words else len(words)
+    args = parser.parse_args(words[:cut])
+    args.flags = words[cut + 1:]
+    with tempfile.TemporaryDirectory() as folder:
+        results = {eta: run(eta, Path(folder) / f"eta-{eta}", args) for eta in (0, 2)}
+    print("\nmeans over the steps, seconds; quality of the frozen policy's drafts after training")
+    print(f"{'eta':>4}" + "".join(f"{name:>11}" for name in results[0]))
+    for eta, values in results.items():
+        print(f"{eta:4}" + "".join(f"{value:11.2f}" for value in values.values()))
+    ratio, ideal = compare(results[0], results[2])
+    print(f"wall-clock: {results[0]['steps'] * results[0]['step']:.0f} s synchronous, "
+          f"{results[2]['steps'] * results[2]['step']:.0f} s with eta = 2: {ratio:.2f} times faster; "
+          f"ideal {ideal:.2f}")
+
+
+if __name__ == "__main__":
+    main()
