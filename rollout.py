@@ -477,9 +477,9 @@ class Engine:
 
     def __init__(self, model_dir: str | Path, config: EngineConfig = EngineConfig(),
                  version: int = 0, scratch: str | Path | None = None):
-        # vLLM's processes talk through socket files, which it leaves behind when it is killed.
-        self.sockets = tempfile.TemporaryDirectory(prefix="vllm-", dir=scratch)
-        os.environ["VLLM_RPC_BASE_PATH"] = self.sockets.name
+        # vLLM's processes meet through files, which it leaves behind when it is killed.
+        self.temporary = tempfile.TemporaryDirectory(prefix="vllm-", dir=scratch)
+        os.environ["VLLM_RPC_BASE_PATH"] = self.temporary.name
         # vLLM reads these when it is imported. `spawn` keeps its processes clear of our threads.
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -514,7 +514,12 @@ class Engine:
         async def start():
             return AsyncLLM.from_engine_args(arguments)
 
-        self.llm = self._wait(start())
+        usual = os.environ.get("TMPDIR", tempfile.gettempdir())
+        os.environ["TMPDIR"] = self.temporary.name  # of the processes that it starts
+        try:
+            self.llm = self._wait(start())
+        finally:
+            os.environ["TMPDIR"] = usual
 
     def _wait(self, coroutine):
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result()
@@ -593,7 +598,7 @@ class Engine:
         self._wait(stop())
         self.llm = None  # vLLM's finaliser fails when it runs as late as the interpreter's exit
         self.loop.call_soon_threadsafe(self.loop.stop)
-        self.sockets.cleanup()
+        self.temporary.cleanup()
 
 
 # ---------------------------------------------------------------------------------------------
