@@ -492,12 +492,12 @@ def test_children_that_do_not_fit_leave_and_are_counted(world):
 
         def complete(self, rng, version):
             found = super().complete(rng, version)
-            if rng.random() < 0.3:
+            if rng.random() < 0.6:
                 found = completion("```python\n" + "#" * 2000 + "\nquality = 0.5\n```")
             return found
 
-    run = world.start(engine=Long(), steps=12)
-    metrics = world.assert_good(12)
+    run = world.start(engine=Long(), steps=30)
+    metrics = world.assert_good(30)
     assert metrics[-1]["skipped_prompts"] > 0
     assert max(t["depth"] for t in world.traces()) > 0  # those that fit were drawn
     removed = [g for g in world.rows("groups.jsonl") if "removed" in g]
@@ -515,11 +515,11 @@ def test_an_execution_that_does_not_end_is_named_by_the_watchdog(world, capsys):
     class Hanging(FakeSandbox):
         def run(self, competition, code, timeout=None):
             if competition.id == "birch":
-                assert free.wait(60)
+                assert free.wait(20), said[0][-1500:]
             return super().run(competition, code)
 
     def look():
-        while not re.search(r"executing, the longest for .* s \(birch/draft\)", said[0]):
+        while not re.search(r"executing, the longest for .* s \(\w+/draft\)", said[0]):
             time.sleep(0.05)
             said[0] += capsys.readouterr().err
         free.set()
