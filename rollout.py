@@ -1260,14 +1260,18 @@ def main(argv: list[str] | None = None) -> int:
                         args.hours, args.crossover_probability)
     config = RolloutConfig(args.max_response_tokens, args.temperature, timeout=args.timeout)
     gpus = [gpu for gpu in args.sandbox_gpus.split(",") if gpu]
-    scratch = tempfile.mkdtemp(prefix="acegrpo-evaluation-")
+    disk = tempfile.gettempdir()  # for what scripts write
+    # For vLLM, in shared memory: the path of a socket may have no more than 107 characters.
+    scratch = tempfile.mkdtemp(prefix="acegrpo-evaluation-",
+                               dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None)
+    os.environ["TMPDIR"] = scratch
     start_guard(scratch)
     with Sandbox(
             slots=args.slots, timeout=args.timeout, cpu_seconds=args.cpu_seconds or None,
             memory_mb=args.memory_mb, disk_mb=args.disk_mb, file_mb=args.disk_mb,
             threads=args.threads,
             gpus=[gpus[slot % len(gpus)] for slot in range(args.slots)] if gpus else None,
-            unsafe=args.unsafe, scratch=scratch, attempts=2) as sandbox:
+            unsafe=args.unsafe, scratch=disk, attempts=2) as sandbox:
         if sandbox.problem:
             print(f"rollout.py: scripts cannot be isolated here: {sandbox.problem}; --unsafe runs "
                   "them without isolation", file=sys.stderr)
@@ -1302,7 +1306,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    status = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)  # threads of vLLM, and of agents that an error has cut off, would linger
+    if status := main():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)  # the agents that an error has cut off still wait, for an engine that is gone

@@ -294,3 +294,35 @@ def test_engine_and_learner_agree_after_an_update(world, tmp_path, tied):
                 assert np.abs(own - completion.logprobs).max() < 1e-3
     finally:
         engine.close()
+
+
+@pytest.mark.long
+def test_an_evaluation_that_is_killed_goes_on(world, tmp_path):
+    """kill -9 of rollout.py with the real engine: nothing stays, and no finished step is lost."""
+    log, out = tmp_path / "log", tmp_path / "out"
+    command = [sys.executable, str(ROOT / "rollout.py"), "--model", str(world / "policy"),
+               "--competitions", str(world / "competitions/train"), "--steps", "6", "--seeds", "2",
+               "--out", str(out / "report.json"), "--parallel", "3", "--kv-cache-gib", "0.1",
+               "--max-model-len", "1536", "--max-response-tokens", "192"]
+
+    def record():
+        return {path: path.read_text().splitlines() for path in out.glob("*/*/steps.jsonl")}
+
+    run = Started(command, log)
+    wait_until(lambda: sum(map(len, record().values())) >= 8, 400, "eight steps", log)
+    run.process.kill()
+    run.process.wait()
+    run.assert_nothing_stays()
+    done = record()
+    assert not (out / "report.json").exists() and sum(map(len, done.values())) < 36
+    run = Started(command, log)
+    run.finish(600)
+    run.assert_nothing_stays()
+    report = json.loads((out / "report.json").read_text())
+    assert [row["steps"] for row in report["runs"]] == [6] * 6
+    assert report["totals"]["valid_rate"]["mean"] > 0
+    for path, lines in done.items():
+        assert record()[path][:len(lines)] == lines
+    for row, line in zip(report["runs"], rows(out / "submissions.jsonl")):
+        assert row["valid"] == bool(line["submission_path"]) == bool(
+            line["submission_path"] and os.path.isfile(line["submission_path"]))
