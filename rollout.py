@@ -1260,22 +1260,20 @@ def main(argv: list[str] | None = None) -> int:
                         args.hours, args.crossover_probability)
     config = RolloutConfig(args.max_response_tokens, args.temperature, timeout=args.timeout)
     gpus = [gpu for gpu in args.sandbox_gpus.split(",") if gpu]
-    disk = tempfile.gettempdir()  # for what scripts write
-    # For vLLM, in shared memory: the path of a socket may have no more than 107 characters.
-    scratch = tempfile.mkdtemp(prefix="acegrpo-evaluation-",
-                               dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None)
-    os.environ["TMPDIR"] = scratch
-    start_guard(scratch)
     with Sandbox(
             slots=args.slots, timeout=args.timeout, cpu_seconds=args.cpu_seconds or None,
             memory_mb=args.memory_mb, disk_mb=args.disk_mb, file_mb=args.disk_mb,
             threads=args.threads,
             gpus=[gpus[slot % len(gpus)] for slot in range(args.slots)] if gpus else None,
-            unsafe=args.unsafe, scratch=disk, attempts=2) as sandbox:
+            unsafe=args.unsafe, attempts=2) as sandbox:
         if sandbox.problem:
             print(f"rollout.py: scripts cannot be isolated here: {sandbox.problem}; --unsafe runs "
                   "them without isolation", file=sys.stderr)
             return 3
+        # For vLLM, in shared memory: the path of a socket may have no more than 107 characters.
+        scratch = tempfile.mkdtemp(prefix="acegrpo-evaluation-",
+                                   dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None)
+        start_guard(scratch)
         from transformers import AutoTokenizer
 
         prompter = Prompter(AutoTokenizer.from_pretrained(args.model), competitions, PromptBudget(
