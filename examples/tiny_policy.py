@@ -421,6 +421,27 @@ def make_model(tokenizer, hidden: int, layers: int, seed: int):
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
 
 
+def muon_step(weights: list, momenta: list, rate: float) -> None:
+    """One step of Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/): the momentum
+    of each matrix, made orthogonal. torch.optim.Muon does the same in bfloat16: on a CPU without
+    AVX-512 that takes thirty times as long, and teaching more than twenty minutes."""
+    import torch
+
+    with torch.no_grad():
+        for weight, momentum in zip(weights, momenta):
+            momentum.lerp_(weight.grad, 0.05)
+            x = weight.grad.lerp(momentum, 0.95)
+            tall = len(x) > x.shape[1]
+            x = x.T if tall else x
+            x = x / x.norm().clamp(min=1e-7)
+            for _ in range(5):  # Newton-Schulz: all singular values towards 1
+                gram = x @ x.T
+                x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+            weight.mul_(1 - 0.01 * rate)
+            scale = rate * max(1, weight.shape[0] / weight.shape[1]) ** 0.5
+            weight.sub_(scale * (x.T if tall else x))
+
+
 def teach(directory: Path, families: list[list[Sequence]], tokens_per_batch: int,
           learning_rate: float, seed: int) -> float:
     """One pass of next-token prediction on the answers, with the learner's own packed model: a
@@ -447,22 +468,20 @@ def teach(directory: Path, families: list[list[Sequence]], tokens_per_batch: int
     # ended at 51 nats an answer, the two together at 35.
     inside = [p for n, p in policy.named_parameters() if p.ndim == 2 and ".layers." in n]
     others = [p for n, p in policy.named_parameters() if p.ndim != 2 or ".layers." not in n]
-    optimizers = [torch.optim.Muon(inside, lr=10 * learning_rate, weight_decay=0.01),
-                  torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.95), fused=True)]
-    rates = [10 * learning_rate, learning_rate]
+    adam = torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.95), fused=True)
+    momenta = [torch.zeros_like(p) for p in inside]
     warmup, losses = 20, []
     bar = tqdm(batches, desc="teaching", unit="batch")
     for step, batch in enumerate(bar):
         scale = min((step + 1) / warmup, 0.02 + 0.98 * (1 - step / len(batches)))
-        for optimizer, rate in zip(optimizers, rates):
-            optimizer.param_groups[0]["lr"] = rate * scale
+        adam.param_groups[0]["lr"] = learning_rate * scale
         logprobs, _ = policy(MicroBatch.build(batch, device))  # (answer tokens,)
         loss = -logprobs.mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        adam.step()
+        muon_step(inside, momenta, 10 * learning_rate * scale)
+        policy.zero_grad()
         losses.append(loss.item())
         bar.set_postfix(loss=f"{np.mean(losses[-20:]):.3f}")
     policy.model.save_pretrained(directory)
