@@ -31,7 +31,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 INK, MUTED, GRID = "#22262e", "#737a87", "#e6e8ec"
-OPERATORS = {"draft": "#3b6fd4", "improve": "#1f9d7a", "debug": "#e08a2e"}
+OPERATORS = {"draft": "#3b6fd4", "improve": "#1f9d7a", "debug": "#e08a2e", "crossover": "#c9508c"}
 STAGES = {"rollout": "#4b5f8f", "sandbox": "#9db3d8", "learn": "#8a63c2", "sync": "#d0609a",
           "wait": "#dfe2e8"}
 RUNS = ["#3b6fd4", "#e08a2e", "#1f9d7a", "#c9508c", "#7d5bbf", "#6b7280", "#b3a02a", "#2aa5b8"]
@@ -70,6 +70,12 @@ class Run:
     def steps(self) -> np.ndarray:
         steps = self["step"]
         return steps if np.isfinite(steps).all() else np.arange(1.0, len(self.rows) + 1)
+
+    @property
+    def operators(self) -> dict[str, str]:
+        """Operator -> colour; crossover, which is off by default, only where there was one."""
+        crossed = np.nansum(self["buffer_crossover"]) > 0
+        return {op: color for op, color in OPERATORS.items() if op != "crossover" or crossed}
 
 
 def _number(value) -> float:
@@ -195,7 +201,7 @@ def title(ax, text: str, note: str = "") -> None:
 def by_operator(ax, runs: list[Run], total: str, prefix: str, percent=True) -> None:
     """One run: all tasks in ink, each operator in its colour. Several: all tasks, by run."""
     if len(runs) == 1:
-        for operator, color in OPERATORS.items():
+        for operator, color in runs[0].operators.items():
             curve(ax, runs[0], f"{prefix}_{operator}", color, operator, width=1.6)
         curve(ax, runs[0], total, INK, "all", width=2.4)
     else:
@@ -229,7 +235,8 @@ def staleness_panel(ax, runs: list[Run]) -> None:
 def buffer_panel(ax, runs: list[Run]) -> None:
     if len(runs) == 1:
         title(ax, "Buffer", "tasks held, by operator")
-        bands(ax, runs[0], {op: runs[0][f"buffer_{op}"] for op in OPERATORS}, OPERATORS)
+        colors = runs[0].operators
+        bands(ax, runs[0], {op: runs[0][f"buffer_{op}"] for op in colors}, colors)
     else:
         title(ax, "Buffer", "tasks held")
         for run in runs:
@@ -377,7 +384,7 @@ def headline(figure: Figure, runs: list[Run], height: float) -> None:
     steps = max(len(run.rows) for run in runs)
     if len(runs) == 1:
         name, note = runs[0].name, f"{steps} learner step{'s' * (steps != 1)}"
-        entries = {"all tasks": INK} | OPERATORS
+        entries = {"all tasks": INK} | runs[0].operators
         place = {"loc": "center right", "bbox_to_anchor": (0.985, y(0.84))}
     else:
         name, note = "runs compared", ""

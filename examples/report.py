@@ -40,7 +40,7 @@ from plot import PlotError, load_run, read_jsonl  # noqa: E402
 PAGE = Path(__file__).with_name("report_page.html")
 LONGEST = 20_000  # characters of one script or output
 COLORS = {"ink": plot.INK, "muted": plot.MUTED, "grid": plot.GRID, "before": plot.BEFORE,
-          "after": plot.AFTER, "operators": plot.OPERATORS, "stages": plot.STAGES}
+          "after": plot.AFTER, "stages": plot.STAGES}
 
 
 # ----------------------------------------------------------------------------- the run as columns
@@ -50,8 +50,9 @@ def load_groups(path: Path) -> dict:
     """groups.jsonl as columns: one entry a group in `groups`, one a trace in `traces`.
 
     Traces refer to one another by position. `parent` of a group is the trace that its task starts
-    from, -1 for a draft; `opened` of a trace: it became a task; `evicted`: the learner version at
-    which the buffer let that task go, null while it holds it.
+    from (of a crossover: the better one), -1 for a draft; `opened` of a trace: it became a task;
+    `evicted`: the learner version at which the buffer let its improve or debug task go, null while
+    it holds it.
 
     Raises PlotError when there is no group to show.
     """
@@ -75,11 +76,13 @@ def load_groups(path: Path) -> dict:
         groups.append({"competition": task["competition_id"], "operator": task["operator"],
                        "depth": task["depth"], "parent": parent, "version": version,
                        "first": len(traces), "count": len(record["traces"])})
+        crossed = [entry[0] for entry in record["admitted"] if not isinstance(entry, int)]
         for place, trace in enumerate(record["traces"]):
             position[trace["id"]] = len(traces)
-            if opened := place in record["admitted"]:
+            if place in record["admitted"]:
                 opener[child_id(SimpleNamespace(**trace))] = len(traces)
-            traces.append(trace | {"group": len(groups) - 1, "opened": opened, "evicted": None})
+            traces.append(trace | {"group": len(groups) - 1, "evicted": None,
+                                   "opened": place in record["admitted"] + crossed})
     if not groups:
         raise PlotError(f"{path}: no group is finished yet")
     return {"groups": groups, "traces": traces}
@@ -141,23 +144,25 @@ def collect(directory: Path, text_mb: float) -> dict:
     for trace, (code, output) in zip(traces, places, strict=True):
         trace["code"], trace["output"] = code, output
     competitions = sorted({group["competition"] for group in groups})
+    ran = {group["operator"] for group in groups}
+    operators = [op for op in OPERATORS if op != "crossover" or op in ran]  # it is off by default
     for group in groups:
         group["competition"] = competitions.index(group["competition"])
-        group["operator"] = OPERATORS.index(group["operator"])
+        group["operator"] = operators.index(group["operator"])
     return {
         "name": run.name,
         "config": load_config(directory / "config.json"),
         "metrics": columns(run.rows, run.rows[-1]),
         "evals": [row for row in run.evals if row["when"] in ("before", "after")],
         "competitions": competitions,
-        "operators": OPERATORS,
+        "operators": operators,
         "groups": columns(groups, groups[0]),
         "traces": columns(traces, (
             "id", "group", "opened", "evicted", "reward", "base_reward", "valid", "status", "medal",
             "human_rank", "score", "validation_score", "seconds", "reason", "code", "output")),
         "best": [best.get(name) for name in competitions],
         "texts": texts,
-        "colors": COLORS,
+        "colors": COLORS | {"operators": {op: plot.OPERATORS[op] for op in operators}},
     }
 
 

@@ -29,12 +29,13 @@ HOSTILE = ("# <!-- </script><script>document.title = 'broken out'</script>\n"
 READY = "document.body?.dataset.ready"
 
 
-def make_run(directory: Path, steps=4, groups=4, responses=6, script="", seed=0) -> Path:
+def make_run(directory: Path, steps=4, groups=4, responses=6, script="", seed=0,
+             crossover=False) -> Path:
     """A run with a real buffer's log: scripts of random reward; the drafts, then any task."""
     write_run(directory, steps, evaluated=True)
     (directory / "config.json").write_text(json.dumps(dataclasses.asdict(Config())))
     rng = np.random.default_rng(seed)
-    buffer = EvolvingBuffer(COMPETITIONS, log_path=directory / "groups.jsonl")
+    buffer = EvolvingBuffer(COMPETITIONS, crossover=crossover, log_path=directory / "groups.jsonl")
     for number in range(steps * groups):
         pick = number if number < len(COMPETITIONS) else rng.integers(len(buffer))
         task = list(buffer.tasks.values())[pick]
@@ -262,6 +263,25 @@ def test_the_other_panels(opened):
     opened.js("document.querySelector('#main svg').focus()")
     opened.press("ArrowLeft")
     assert "step 3: " in opened.js("document.querySelector('#main figcaption').textContent")
+
+
+def test_a_run_with_crossover_has_its_marks_and_its_panel(browser, tmp_path):
+    """The operator that is off by default: squares in the tree, a fourth panel in the heat map."""
+    run = make_run(tmp_path / "run", steps=8, crossover=True)
+    data = module.report(run, tmp_path / "report.html")
+    crossed = [i for i, group in enumerate(data["traces"]["group"])
+               if data["operators"][data["groups"]["operator"][group]] == "crossover"]
+    opened = {data["groups"]["parent"][data["traces"]["group"][i]] for i in crossed}
+    assert crossed and all(data["traces"]["opened"][i] for i in opened)
+    browser.errors.clear()
+    browser.open(tmp_path / "report.html", READY)
+    assert browser.errors == []
+    assert browser.js("document.querySelectorAll('.cell').length") == 4 * 2 * 8
+    right = browser.js("Math.max(...[...document.querySelectorAll('.cell')].map("
+                       "c => c.getBoundingClientRect().right))")
+    assert right <= browser.js("document.querySelector('#heat svg').getBoundingClientRect().right")
+    colors = browser.js("[...document.querySelectorAll('.edge')].map(e => e.getAttribute('stroke'))")
+    assert set(colors) <= set(data["colors"]["operators"].values())
 
 
 @pytest.mark.parametrize("steps", [1, 2])
