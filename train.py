@@ -1242,11 +1242,12 @@ class Run:
         print(f"resuming {self.dir} after step {self.step}", flush=True)
 
 
-# Every row of metrics.jsonl has the same keys: a skipped step has no learner metrics.
+# Every row of metrics.jsonl has the same keys, null where a step had nothing to learn from.
 EMPTY_METRICS = dict.fromkeys(
     "step policy_version reward_mean reward_std valid_rate medal_rate groups groups_trained tokens "
-    "staleness_mean staleness_max loss grad_norm kl clip_frac entropy is_ratio_mean logprob_gap "
-    "unique_scripts".split())
+    "tokens_total tokens_computed staleness_mean staleness_max loss grad_norm learning_rate skipped "
+    "kl kl_ref logprob_diff clip_frac clip_frac_low clip_frac_high entropy is_ratio_mean ess "
+    "logprob_gap unique_scripts".split())
 
 
 def mend_traces(run_dir: Path) -> None:

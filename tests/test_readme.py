@@ -10,6 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from fakes import FakeLearner, fake_modules
+from test_faults import World
+from test_learner import make_config, make_models, make_sequences
+
+import train
+from buffer import OPERATORS
+from learner import Learner
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -18,7 +25,6 @@ SNIPPETS = re.findall(r"^```python\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
 
 @pytest.fixture(scope="module")
 def competition(tmp_path_factory):
-    sys.path.insert(0, str(ROOT / "examples"))
     import mini_mlebench as bench
 
     folder = tmp_path_factory.mktemp("competitions")
@@ -66,12 +72,38 @@ def test_functions_that_are_named_exist():
 
 
 def test_flags_that_are_named_exist():
-    sys.path.insert(0, str(ROOT))
-    import train
-
     known = {f.name.replace("_", "-") for f in dataclasses.fields(train.Config)}
     others = {"resume", "dry-run", "help", "nproc_per_node", "no-buffer", "nnodes", "node-rank",
               "rdzv-backend", "rdzv-endpoint", "max-restarts"}
     sources = "".join(p.read_text() for p in (*ROOT.glob("*.py"), *(ROOT / "examples").glob("*.py")))
     for flag in set(re.findall(r"(?<![\w-])--([a-z][a-z_-]+)", TEXT)):
         assert flag in known | others or f'"--{flag}"' in sources, f"--{flag}"
+
+
+def metrics_in_the_table() -> set[str]:
+    """The first column of "Every metric"; `reward_<op>` stands for one metric an operator."""
+    section = TEXT.split("## Every metric")[1].split("\n## ")[0]
+    cells = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    names = re.findall(r"`([\w<>]+)`", " ".join(cells))
+    return {name.replace("<op>", op) for name in names
+            for op in (OPERATORS if "<op>" in name else ("",))}
+
+
+def test_the_table_of_metrics_names_every_logged_one_and_no_other(tmp_path):
+    """metrics.jsonl of a run with fakes for everything but the keys of a real learner's step."""
+    make_models(tmp_path)
+    learner = Learner(tmp_path / "qwen3", make_config(kl_coef=0.1))
+    learned = learner.step(make_sequences())
+    assert set(learned) <= set(train.EMPTY_METRICS)  # rows of skipped steps have them too
+
+    class Logging(FakeLearner):
+        def step(self, sequences):
+            return learned | super().step(sequences)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, module in fake_modules().items():
+            patch.setitem(sys.modules, name, module)
+        world = World(tmp_path)
+        world.start(learner=Logging(), steps=2)
+    for row in world.rows("metrics.jsonl"):
+        assert set(row) == metrics_in_the_table()
