@@ -3,8 +3,9 @@
 This is the learning rule of AceGRPO: every trace is one *step* of the agent (a draft, an
 improvement or a repair), G traces of one task are compared with one another, and the policy is
 pushed towards those that scored above their group [paper, arXiv 2602.07906: step-wise GRPO].
-The paper's text does not give the loss in full; what follows are the published variants, so that
-they can be compared, and our choices where they differ.
+Which loss the paper uses is not known here: only its abstract and summaries were available to us,
+and they do not say. What follows are the published variants, so that they can be compared, and
+our choices where they differ.
 
     ratio      rho_t = exp(log pi(y_t) - log pi_old(y_t))            pi_old: the policy that sampled
     token loss l_t   = -min(rho_t * A, clip(rho_t, 1 - low, 1 + high) * A)

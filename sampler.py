@@ -6,9 +6,9 @@ differences inside a group: a task that the policy always fails, or always solve
 and costs as much as any other. So every task x gets a potential and is drawn with probability
 
     LP(x) = sigma_x * (1 - mu_x)                        spread of its rewards times headroom left
-    P(x) ~ [ (1 - eps) * L(x) + eps * U(x) ] * cool(x)  normalised over all tasks
+    P(x) ~ [ (1 - eps) * S(x) + eps * U(x) ] * cool(x)  normalised over all tasks
 
-    L(x) = share(operator of x) * LP(x)^(1/tau) / (sum of LP^(1/tau) over the operator's tasks)
+    S(x) = share(operator of x) * LP(x)^(1/tau) / (sum of LP^(1/tau) over the operator's tasks)
     U(x) = uniform over competitions, then over its operators, then over the tasks of the two
     cool(x) = 0 in flight, else (1 + a) / (1 + cooldown), at most 1, a = draws since the last visit
 
@@ -332,7 +332,7 @@ class AdaptiveSampler:
         return _search(cumulative, self.rng.random() * cumulative[-1])
 
     def _propose(self) -> int:
-        """A row with the probability [(1 - eps) L + eps U], whatever its cooling."""
+        """A row with the probability [(1 - eps) S + eps U], whatever its cooling."""
         share = self._operator_shares().cumsum()
         if share[-1] == 0 or self.rng.random() < self.epsilon:
             return self._propose_uniform()

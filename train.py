@@ -5,6 +5,8 @@
     python train.py --resume runs/tiny-...            # go on from the last complete checkpoint
     python train.py --preset small --dry-run          # what it would do and need, without doing it
 
+Without --preset: `tiny`, a policy of 2M parameters; `small`, Qwen3-8B, where nvidia-smi is found.
+
                                   tasks (bounded by the staleness rule)
     rank 0  curriculum thread  ------------------------------------->  ranks L..W-1: rollout
             buffer + sampler                                             threads, one vLLM engine,
@@ -81,7 +83,8 @@ def opt(default, text: str, **extra):
 @dataclass
 class Config:
     # --- where things are
-    preset: str = opt("tiny", "named set of defaults", choices=["tiny", "small", "ace30b"])
+    preset: str = opt("tiny", "named set of defaults; where there is an NVIDIA driver (nvidia-smi) "
+                              "the default is small instead", choices=["tiny", "small", "ace30b"])
     model: str = opt("data/policy", "Hugging Face model directory, the policy to start from")
     competitions: str = opt("data/competitions/train", "training competitions: a directory, a file "
                             "of MLE-bench ids, lite (MLE-bench-Lite) or all (MLE-bench)")
@@ -219,7 +222,8 @@ def parse_config(argv: list[str] | None = None) -> tuple[Config, argparse.Namesp
     """
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0],
-        epilog="Defaults are those of the tiny preset; PRESETS in train.py has the others.")
+        epilog="Defaults shown are those of the tiny preset, which is taken on machines without "
+               "nvidia-smi; PRESETS in train.py has what the others change.")
     parser.add_argument("--resume", metavar="RUN_DIR", help="go on with this run, with its config")
     parser.add_argument("--dry-run", action="store_true",
                         help="print the plan (processes, memory) and stop")

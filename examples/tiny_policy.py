@@ -1,6 +1,6 @@
 """Teach a tiny language model, from scratch, to write scikit-learn scripts that sometimes work.
 
-    python examples/tiny_policy.py --out data/policy        # about 4 minutes on 2 CPU cores
+    python examples/tiny_policy.py --out data/policy        # 207 s on 2 CPU cores under load
 
 What it is: a Qwen3 of about 2 million parameters with its own tokenizer and chat template, a
 drop-in for any Hugging Face causal model, so that the whole of AceGRPO (vLLM, sandbox, FSDP,
@@ -9,12 +9,14 @@ script, for prompts exactly as rollout.py builds them, for all three operators.
 
 What it is not: a language model. It cannot read a description beyond the metric, the task kind
 and a few words; it knows some twenty estimators and a dozen ways to go wrong. It was taught
-mistakes on purpose: about a third of its first drafts are valid and few of them good. That is the
-room that reinforcement learning has. It says nothing about what AceGRPO does for a real model.
+mistakes on purpose: of its first drafts 41 to 47 % were valid (three seeds, README) and 0.4 to 3.3 %
+won a medal. That is the room that reinforcement learning has. It says nothing about what AceGRPO
+does for a real model.
 
 How it is taught (everything here is [ours]):
 
-1. `make_worlds`    random competitions with nonsense names; nothing shared with the mini benchmark
+1. `make_worlds`    random competitions; their names mean nothing but are spelt like English, and
+                    nothing is shared with the mini benchmark
 2. `Script`         a grammar: model, hyper-parameters, preprocessing, mistakes -> source
 3. `make_examples`  draft, improve and debug answers. Scripts that serve as parents are executed in
                     the real sandbox, so that debug prompts hold real tracebacks

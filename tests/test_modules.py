@@ -3,6 +3,7 @@
     python -m pytest tests/test_modules.py
 """
 
+import ast
 import doctest
 import importlib
 import json
@@ -30,6 +31,24 @@ def test_examples_in_docstrings(name):
     result = doctest.testmod(importlib.import_module(name))
     assert result.failed == 0
     assert result.attempted > 0 or name not in ("grpo", "buffer", "sampler", "sandbox", "rollout")
+
+
+def test_imports_go_one_way_as_the_picture_in_the_readme_says():
+    """Each file's imports of other files of the project, at its top and inside functions."""
+    files = [path.stem for path in ROOT.glob("*.py")]
+    found = set()
+    for name in files:
+        for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
+            modules = ([node.module] if isinstance(node, ast.ImportFrom)
+                       else [alias.name for alias in node.names] if isinstance(node, ast.Import)
+                       else [])
+            found |= {(name, module) for module in modules if module in files}
+    picture = (ROOT / "README.md").read_text().split("flowchart LR\n  train -->")[1].split("```")[0]
+    drawn = set()
+    for line in ("train -->" + picture).splitlines():
+        start, _, ends = line.partition("-->")
+        drawn |= {(start.strip(), end.strip()) for end in ends.split("&") if end.strip()}
+    assert found == drawn
 
 
 def run(folder, *arguments: str) -> str:
