@@ -429,7 +429,8 @@ def main() -> None:
                                         for group in values.tolist()))
     print("   Both advantages are r - mean; grpo also divides by the group's standard deviation.")
 
-    print("\n2. The clip at 0.2: a token whose probability is `ratio` times what it was sampled with.")
+    print("\n2. The clip at 0.2: a token whose probability is `ratio` times what it was sampled "
+          "with.")
     print("   ratio    A = +1: loss  gradient    A = -1: loss  gradient")
     for ratio in (0.5, 1.0, 1.5):
         cells = []
@@ -440,8 +441,8 @@ def main() -> None:
             loss.backward()
             cells.append(f"{loss.item():13.2f} {logprob.grad.item() + 0.0:9.2f}")
         print(f"   {ratio:5.2f} ", "    ".join(cells))
-    print("   Gradient 0: it has moved far enough the right way. One that moved the wrong way keeps "
-          "its own.")
+    print("   Gradient 0: it has moved far enough the right way. One that moved the wrong way "
+          "keeps its own.")
 
     print("\n3. What one token weighs, in a batch of two sequences of 4 and 1 tokens, limit 8:")
     mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0]])  # (N, T)
@@ -471,8 +472,8 @@ def main() -> None:
         change = ((logprobs_of(moved) - before) * mask).sum(dim=1)[:4].tolist()  # (G,)
         print(f"   {kind:8} {loss.item():8.4f}  {metrics['is_ratio_mean']:.4f}  "
               f"{metrics['ess']:.4f}  ", " ".join(f"{value:+.3f}" for value in change))
-    print("   The best trace (0.7) becomes likelier, the worst (0.0) less likely. ratio, ess: policy "
-          "over\n   engine, and the effective sample size; 1 when the two agree.")
+    print("   The best trace (0.7) becomes likelier, the worst (0.0) less likely. ratio, ess: "
+          "policy over\n   engine, and the effective sample size; 1 when the two agree.")
 
 
 if __name__ == "__main__":

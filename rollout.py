@@ -108,7 +108,8 @@ def cut_description(text: str, limit: int) -> str:
     """Cut a description that is too long at its headings: first the sections that no script needs
     (prizes, dates, citations, ...), then the stories, last the middle of what is left.
 
-    >>> cut_description("# Overview\\nA long story.\\n## Prizes\\nA car.\\n## Evaluation\\nAUC.", 45)
+    >>> text = "# Overview\\nA long story.\\n## Prizes\\nA car.\\n## Evaluation\\nAUC."
+    >>> cut_description(text, 45)
     '# Overview\\nA long story.\\n## Evaluation\\nAUC.'
     """
     if len(text.strip()) <= limit:
@@ -1081,7 +1082,8 @@ def write_report(path: Path, runs: list[AgentRun], agent: AgentConfig, model: st
 def print_report(report: dict) -> None:
     """A table: competitions down, then the totals."""
     rows = report["runs"]
-    print(f"{'competition':28} {'valid':>6} {'medals':>7} {'human rank':>11} {'first valid step':>17}")
+    print(f"{'competition':28} {'valid':>6} {'medals':>7} {'human rank':>11} "
+          f"{'first valid step':>17}")
     for name in sorted({r["competition_id"] for r in rows}):
         own = [r for r in rows if r["competition_id"] == name]
         first = [r["steps_to_first_valid"] for r in own if r["steps_to_first_valid"]]
@@ -1307,4 +1309,4 @@ if __name__ == "__main__":
     if status := main():
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(status)  # the agents that an error has cut off still wait, for an engine that is gone
+        os._exit(status)  # agents that an error cut off still wait, for an engine that is gone

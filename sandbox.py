@@ -207,13 +207,13 @@ class Competition:
             public_dir=home / "prepared" / "public", answers=answers, sample_submission=sample,
             leaderboard=scores, lower_is_better=lower, gold=gold, silver=silver, bronze=bronze,
             median=float(np.nanmedian(scores)), grader=_load_grader(grade_fn, directory),
-        )  # fmt: skip
+        )
 
     @classmethod
     def from_mlebench(
         cls, competition_id: str, data_dir: str | Path | None = None,
         registry: str | Path | None = None,
-    ) -> Competition:  # fmt: skip
+    ) -> Competition:
         """A competition of MLE-bench whose data `mlebench prepare` has put below `data_dir`.
 
         With the package mlebench: what its registry, its Grader and its medal thresholds say.
@@ -246,7 +246,7 @@ class Competition:
             ours, lower_is_better=theirs.grader.is_lower_better(board),
             grader=theirs.grader.grade_fn,
             **{name: marks[f"{name}_threshold"] for name in ("gold", "silver", "bronze", "median")},
-        )  # fmt: skip
+        )
 
     def human_rank(self, score: float) -> float:
         """H = (N - pos + 1) / N, pos the first rank that `score` ties or beats (MLE-Dojo)."""
@@ -330,8 +330,8 @@ def load_competitions(where: str | Path, data_dir: str | Path | None = None) -> 
         nothing = "no competition id in it"
     elif path.is_dir():
         homes = [config.parent for config in path.glob("*/config.yaml")]
-        own = lambda home: (home / "prepared").is_dir()  # noqa: E731
-        found = [Competition.load(home, None if own(home) else data_dir) for home in homes]
+        found = [Competition.load(home, None if (home / "prepared").is_dir() else data_dir)
+                 for home in homes]
         nothing = "no sub-directory holds a config.yaml"
     else:
         raise CompetitionError(f"{path}: no such directory, file of ids, `lite` or `all`")
@@ -784,6 +784,7 @@ def seccomp_program(machine: str, gpu: bool = False) -> bytes:
 
 
 def _install_seccomp(program: bytes) -> None:
+    """Put the filter in force for this process and its threads; it lets it signal only itself."""
     program = program.replace(struct.pack("I", _PID), struct.pack("I", os.getpid()))
     buffer = ctypes.create_string_buffer(program, len(program))
     header = struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(buffer))
@@ -843,6 +844,8 @@ def _worker(setup: Setup, request: dict, work: str, nanny: int, pipes: list[int]
 
 
 def _confine(setup: Setup, request: dict, work: str, nanny: int) -> None:
+    """Give up every right that the script must not have. The order matters: the ruleset is built
+    while paths can still be opened, the uid goes before the capabilities, seccomp comes last."""
     _prctl(_PR_SET_DUMPABLE, 1)  # the nanny must see our descriptors; this process has no secret
     Path("/proc/self/oom_score_adj").write_text("1000")  # out of memory? then the script dies first
     if request["cpus"]:
@@ -860,9 +863,7 @@ def _confine(setup: Setup, request: dict, work: str, nanny: int) -> None:
         ruleset = _landlock_ruleset(setup.landlock_abi, rules)
     _limit(request)
     if request["uid"]:
-        os.setgroups([])
-        os.setresgid(*[request["uid"]] * 3)
-        os.setresuid(*[request["uid"]] * 3)
+        _drop_to(request["uid"])
         _prctl(_PR_SET_DUMPABLE, 1)  # setuid cleared it
     capset, version = {"x86_64": 126, "aarch64": 91}[_MACHINE], 0x20080522
     _syscall(capset, struct.pack("Ii", version, 0), bytes(24))  # none left, as root too
@@ -878,6 +879,12 @@ def _confine(setup: Setup, request: dict, work: str, nanny: int) -> None:
     if "seccomp" in setup.layers:
         _install_seccomp(setup.gpu_program if request["gpu"] else setup.program)
     _prove(setup)
+
+
+def _drop_to(uid: int) -> None:
+    os.setgroups([])
+    os.setresgid(uid, uid, uid)
+    os.setresuid(uid, uid, uid)
 
 
 def _limit(request: dict) -> None:
@@ -981,6 +988,7 @@ class _Output:
 
 
 def _send(channel: socket.socket, header: dict, *blobs: bytes) -> None:
+    """One message: the header's length, the header (JSON, with the blobs' sizes), the blobs."""
     header = json.dumps(header | {"blobs": [len(blob) for blob in blobs]}).encode()
     channel.sendall(struct.pack("I", len(header)) + header + b"".join(blobs))
 
@@ -1019,7 +1027,10 @@ def _nanny(setup: Setup, channel: socket.socket) -> None:
         os.symlink(request["public"], "input", dir_fd=directory)
         if request["uid"]:
             os.chown(work, request["uid"], request["uid"])
-        orphaned = lambda: stopping or os.getppid() != server  # noqa: E731
+
+        def orphaned() -> bool:
+            return bool(stopping) or os.getppid() != server
+
         _send(channel, *_watch(setup, request, work, directory, channel, orphaned))
     except ConnectionError:
         pass  # the owner is gone
@@ -1032,7 +1043,7 @@ def _nanny(setup: Setup, channel: socket.socket) -> None:
 def _watch(
     setup: Setup, request: dict, work: str, directory: int, channel: socket.socket,
     orphaned: Callable[[], bool],
-) -> tuple[dict, bytes, bytes, bytes]:  # fmt: skip
+) -> tuple[dict, bytes, bytes, bytes]:
     """Run the worker to its end. Returns (facts, stdout, stderr, submission)."""
     nanny, pipes = os.getpid(), [os.pipe() for _ in range(3)]
     worker = os.fork()
@@ -1089,7 +1100,7 @@ def _watch(
         "killed": killed, "said": said.decode("utf-8", "replace"), "problem": problem,
         "exit_code": exit_code, "stuck": status is None, "seconds": seconds,
         "cpu_seconds": usage.ru_utime + usage.ru_stime if usage else 0.0,
-    }  # fmt: skip
+    }
     return facts, outputs[stdout].bytes(), outputs[stderr].bytes(), submission
 
 
@@ -1271,7 +1282,7 @@ PRELOAD = (
         "naive_bayes", "neighbors",
         "neural_network", "pipeline", "preprocessing", "svm", "tree",
     )),
-)  # fmt: skip
+)
 
 
 def _serve(control: socket.socket) -> None:
@@ -1415,9 +1426,7 @@ def _can_drop_to(uid: int, root: str, canary: str) -> bool:
         pid = os.fork()
         if pid == 0:
             try:
-                os.setgroups([])
-                os.setresgid(uid, uid, uid)
-                os.setresuid(uid, uid, uid)
+                _drop_to(uid)
                 needed = os.__file__, np.__file__, sys.executable, canary
                 os.write(tell, b"y" if all(os.access(path, os.R_OK) for path in needed) else b"n")
                 time.sleep(10)
@@ -1479,7 +1488,7 @@ class Sandbox:
         preload: tuple[str, ...] = PRELOAD, layers: tuple[str, ...] = ("landlock", "seccomp"),
         unsafe: bool = False, seed: int = 0, scratch: str | None = None, delay: float = 0.0,
         attempts: int = 1,
-    ):  # fmt: skip
+    ):
         positive = {"slots": slots, "timeout": timeout, "memory_mb": memory_mb, "threads": threads,
                     "attempts": attempts}
         for name, value in (positive | {"cpu_seconds": cpu_seconds or 1}).items():
@@ -1494,11 +1503,11 @@ class Sandbox:
         self._limits = {
             "memory_mb": memory_mb, "file_mb": file_mb, "disk_mb": disk_mb, "output_kb": output_kb,
             "max_threads": 64 + 8 * threads,
-        }  # fmt: skip
+        }
         self._config = {
             "owner": os.getpid(), "scratch": scratch or tempfile.gettempdir(), "unsafe": unsafe,
             "preload": list(preload), "layers": list(layers),
-        }  # fmt: skip
+        }
         self.problem = ""
         self.hello: dict = {}  # what the fork server found: layers, uid_base, failed imports, ...
         self.restarts = 0
@@ -1599,7 +1608,7 @@ class Sandbox:
             "submission_bytes": competition._sample.max_bytes,
             "cpus": self.cpus[slot] if self.cpus else None,
             "gpu": self.gpus[slot] if self.gpus else "", **self._limits,
-        }  # fmt: skip
+        }
         # A whole submission must fit into one file, as large as the competition wants it.
         request["file_mb"] = max(request["file_mb"], 1 + (request["submission_bytes"] >> 20))
         ours, theirs = socket.socketpair()
@@ -1630,14 +1639,14 @@ class Sandbox:
     def _judge(
         self, competition: Competition, facts: dict,
         out: bytes = b"", err: bytes = b"", submission: bytes = b"",
-    ) -> Execution:  # fmt: skip
+    ) -> Execution:
         stdout, stderr = out.decode("utf-8", "replace"), err.decode("utf-8", "replace")
         known = {
             "exit_code": facts.get("exit_code"), "seconds": facts.get("seconds", 0.0),
             "cpu_seconds": facts.get("cpu_seconds", 0.0), "stdout_tail": stdout,
             "stderr_tail": stderr, "validation_score": _validation_score(stdout),
             "isolation": self.isolation,
-        }  # fmt: skip
+        }
         status, reason = self._status(facts, stderr)
         if status != "ok":
             return Execution(status, reason=reason, **known)
@@ -1665,7 +1674,7 @@ class Sandbox:
             what = {
                 "threads": f"{limits['max_threads']} threads", "files": f"{MAX_FILES} files",
                 "disk": f"{limits['disk_mb']} MB of disk",
-            }[killed]  # fmt: skip
+            }[killed]
             return "error", f"stopped at the limit of {what}"
         last = _one_line(stderr.strip().rpartition("\n")[2])
         if exit_code and re.match(r"(\w+\.)*_?(Array)?MemoryError\b", last):
@@ -1718,12 +1727,12 @@ class Sandbox:
         environment = dict.fromkeys(
             [f"{name}_NUM_THREADS" for name in ("OMP", "OPENBLAS", "MKL", "NUMEXPR", "NUMBA")]
             + ["LOKY_MAX_CPU_COUNT"], str(self.threads),
-        )  # fmt: skip
+        )
         environment |= {
             "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "USER": "script", "LOGNAME": "script",
             "PYTHONHASHSEED": "0", "PYTHONWARNINGS": "ignore", "JOBLIB_MULTIPROCESSING": "0",
             "MPLBACKEND": "Agg", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": "",
-        }  # fmt: skip
+        }
         if "LD_LIBRARY_PATH" in os.environ:
             environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -1734,7 +1743,7 @@ class Sandbox:
                 [*command, str(theirs.fileno())], pass_fds=[theirs.fileno()], env=environment,
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, cwd="/",
                 start_new_session=True,
-            )  # fmt: skip
+            )
         try:
             ours.send(json.dumps(self._config).encode())
             self.hello = json.loads(ours.recv(1 << 20))
@@ -1860,7 +1869,7 @@ def main(arguments: list[str] | None = None) -> int:
         sandbox = Sandbox(
             1, options.timeout, options.cpu_seconds, options.memory_mb, threads=options.threads,
             unsafe=options.unsafe,
-        )  # fmt: skip
+        )
     except (CompetitionError, OSError, ValueError) as error:
         print(f"sandbox.py: error: {_one_line(error)}", file=sys.stderr)
         return 2

@@ -107,18 +107,18 @@ class Config:
     # --- roles
     learner_ranks: int = opt(0, "L: ranks that learn, the others roll out; 0: half of them")
     tensor_parallel: int = opt(1, "GPUs per engine; so many rollout ranks share one engine")
-    rollout_threads: int = opt(24, "groups in flight per engine; (eta + 1) * B keeps the engine's batches "
-                                       "large: it samples a whole hand-out at once")
+    rollout_threads: int = opt(24, "groups in flight per engine; (eta + 1) * B keeps the engine's "
+                                   "batches large: it samples a whole hand-out at once")
     sandbox_slots: int = opt(2, "scripts that run at the same time per rollout rank")
     sandbox_gpus: str = opt("", "GPU ids that scripts may see, e.g. 6,7; '' for none")
-    learner_threads: int = opt(1, "CPU threads of the learner (CPU training only); two that wait for "
-                                  "each other lose where sandboxes want the same cores")
+    learner_threads: int = opt(1, "CPU threads of the learner (CPU training only); two that wait "
+                                  "for each other lose where sandboxes want the same cores")
     engine_threads: int = opt(1, "CPU threads of the engine (CPU engines only)")
     # --- asynchrony
     max_staleness: int = opt(2, "eta: versions a group may be old when it is learnt from; 0: "
                                 "synchronous")
-    stale: str = opt("wait", "a group that would become too old: the learner waits for it, or it is "
-                             "dropped (which favours fast scripts)", choices=["wait", "drop"])
+    stale: str = opt("wait", "a group that would become too old: the learner waits for it, or it "
+                             "is dropped (which favours fast scripts)", choices=["wait", "drop"])
     # --- faults
     watchdog: float = opt(600.0, "seconds without a finished group after which every part says "
                                  "what it is waiting for; 0: never")
@@ -179,35 +179,25 @@ class Config:
     cpu_seconds: float = opt(3.0, "CPU limit of a script, seconds")
     memory_mb: int = opt(2048, "memory limit of a script, MB")
     disk_mb: int = opt(256, "limit of what a script writes, MB")
-    sandbox_delay: float = opt(0.0, "sleep this long on average (exponential) before each script, in "
-                                    "its slot, seconds; to measure asynchrony with slow scripts")
+    sandbox_delay: float = opt(0.0, "sleep this long on average (exponential) before each script, "
+                                    "in its slot, seconds; to measure asynchrony with slow scripts")
     unsafe: bool = opt(False, "run scripts without isolation where the system offers none")
 
 
+# One node of 8 x 80 GB: 4 ranks learn with FSDP, 4 engines roll out.
+SMALL = dict(
+    model="Qwen/Qwen3-8B", competitions="examples/mlebench_medium.txt", heldout="lite",
+    steps=400, groups=16, responses=8, eval_drafts=0, rollout_threads=16, sandbox_slots=16,
+    learning_rate=1e-6, warmup_steps=10, decay=False, max_grad_norm=1.0, entropy_coef=0.0,
+    token_budget=32768, activation_checkpointing=True, engine_dtype="bfloat16",
+    max_model_len=24576, max_response_tokens=8192, max_num_seqs=128, kv_cache_gib=0.0,
+    logprob_gap_limit=0.1, description_chars=12000, preview_chars=6000, output_chars=4000,
+    timeout=3600.0, cpu_seconds=14400.0, memory_mb=32768)
 PRESETS = {
-    # `tiny` is the defaults above: a 2M-parameter policy on two CPU cores.
-    "tiny": {},
-    # One node of 8 x 80 GB: 4 ranks learn with FSDP, 4 engines roll out.
-    "small": dict(
-        model="Qwen/Qwen3-8B", competitions="examples/mlebench_medium.txt", heldout="lite",
-        steps=400, groups=16, responses=8, eval_drafts=0, rollout_threads=16, sandbox_slots=16,
-        learning_rate=1e-6, warmup_steps=10, decay=False, max_grad_norm=1.0, entropy_coef=0.0,
-        token_budget=32768,
-        activation_checkpointing=True, engine_dtype="bfloat16", max_model_len=24576,
-        max_response_tokens=8192, max_num_seqs=128, kv_cache_gib=0.0, logprob_gap_limit=0.1,
-        description_chars=12000, preview_chars=6000, output_chars=4000, timeout=3600.0,
-        cpu_seconds=14400.0, memory_mb=32768),
+    "tiny": {},  # the defaults above: a 2M-parameter policy on two CPU cores
+    "small": SMALL,
     # The paper's scale: 4 nodes of 8 x 80 GB.
-    "ace30b": dict(
-        model="Qwen/Qwen3-30B-A3B", competitions="examples/mlebench_medium.txt",
-        heldout="lite", steps=400, groups=16, responses=8, eval_drafts=0,
-        learner_ranks=16, tensor_parallel=2, rollout_threads=16, sandbox_slots=16,
-        learning_rate=1e-6, warmup_steps=10, decay=False, max_grad_norm=1.0, entropy_coef=0.0,
-        token_budget=32768,
-        activation_checkpointing=True, engine_dtype="bfloat16", max_model_len=24576,
-        max_response_tokens=8192, max_num_seqs=128, kv_cache_gib=0.0, logprob_gap_limit=0.1,
-        description_chars=12000, preview_chars=6000, output_chars=4000, timeout=3600.0,
-        cpu_seconds=14400.0, memory_mb=32768),
+    "ace30b": SMALL | dict(model="Qwen/Qwen3-30B-A3B", learner_ranks=16, tensor_parallel=2),
 }
 
 
@@ -227,12 +217,13 @@ def parse_config(argv: list[str] | None = None) -> tuple[Config, argparse.Namesp
     parser.add_argument("--resume", metavar="RUN_DIR", help="go on with this run, with its config")
     parser.add_argument("--dry-run", action="store_true",
                         help="print the plan (processes, memory) and stop")
-    parser.add_argument("--config", metavar="FILE", help="YAML file of these flags; examples/ has one")
+    parser.add_argument("--config", metavar="FILE",
+                        help="YAML file of these flags; examples/ has one")
     for f in dataclasses.fields(Config):
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
         # SUPPRESS: a flag that is not given does not appear, so that given ones can be told.
-        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
-                            help=f"{f.metadata['help']} (default: {f.default!r})".replace("%", "%%"),
+        text = f"{f.metadata['help']} (default: {f.default!r})".replace("%", "%%")
+        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=text,
                             choices=f.metadata.get("choices"), **kind)
     arguments = parser.parse_args(argv)
     if arguments.config:
@@ -1086,8 +1077,8 @@ class Run:
                       "stays as it was", file=sys.stderr, flush=True)
             if dull and dull % 10 == 0:
                 print(f"warning: {dull} steps in a row without anything to learn from: within each "
-                      f"group all rewards are equal ({metrics['reward_mean']:.3f} on average in the "
-                      "last batch)", file=sys.stderr, flush=True)
+                      f"group all rewards are equal ({metrics['reward_mean']:.3f} on average in "
+                      "the last batch)", file=sys.stderr, flush=True)
             learnt = time.monotonic()
             metrics["logprob_gap"] = self.publish() if learner.version != version else None
             synced = time.monotonic()
@@ -1249,8 +1240,8 @@ class Run:
 # Every row of metrics.jsonl has the same keys, null where a step had nothing to learn from.
 EMPTY_METRICS = dict.fromkeys(
     "step policy_version reward_mean reward_std valid_rate medal_rate groups groups_trained tokens "
-    "tokens_total tokens_computed staleness_mean staleness_max loss grad_norm learning_rate skipped "
-    "kl kl_ref logprob_diff clip_frac clip_frac_low clip_frac_high entropy is_ratio_mean ess "
+    "tokens_total tokens_computed staleness_mean staleness_max loss grad_norm learning_rate "
+    "skipped kl kl_ref logprob_diff clip_frac clip_frac_low clip_frac_high entropy is_ratio_mean ess "
     "logprob_gap unique_scripts".split())
 
 
@@ -1297,10 +1288,10 @@ def fitting(config: Config, competitions: list, tokenizer, kind: str) -> list[st
     room = config.max_model_len - config.max_response_tokens
     long = {c: length for c, length in lengths.items() if length > room}
     if long:
-        text = (f"{len(long)} of {len(lengths)} {kind} competitions leave no room for a response of "
-                f"{config.max_response_tokens} tokens, {max(long, key=long.get)} with a prompt of "
-                f"{max(long.values())} tokens: raise --max-model-len (it is {config.max_model_len}) "
-                "or lower --description-chars, --preview-chars")
+        text = (f"{len(long)} of {len(lengths)} {kind} competitions leave no room for a response "
+                f"of {config.max_response_tokens} tokens, {max(long, key=long.get)} with a prompt "
+                f"of {max(long.values())} tokens: raise --max-model-len (it is "
+                f"{config.max_model_len}) or lower --description-chars, --preview-chars")
         if len(long) == len(lengths) and kind == "training":
             raise UserError(text)
         print(f"warning: left out: {text}", file=sys.stderr, flush=True)

@@ -12,7 +12,7 @@ as an agent by rollout.py: one engine start a policy, all competitions and evalu
 
     OUT/study.json           the settings; a later call must agree with them
     OUT/<arm>-<seed>/        train.py's run directory, the evaluation's reports, and
-                result.json  everything that the table needs of this run; once complete, it is skipped
+                result.json  all that the table needs of this run; once complete, it is skipped
     OUT/<arm>-<seed>.log     what train.py and rollout.py printed
     OUT/table.md, study.png  the table is written anew after every run, the picture at the end
 
@@ -316,7 +316,8 @@ def markdown(rows: list[dict], results: list[dict], args: argparse.Namespace) ->
 
 def rollouts_of(results: list[dict]) -> int:
     """The number of rollouts, the same in all runs. Raises StudyError when it is not."""
-    counts = {r["training"]["rollouts"]: f"{r['arm']}-{r['seed']}" for r in results if r["training"]}
+    counts = {r["training"]["rollouts"]: f"{r['arm']}-{r['seed']}"
+              for r in results if r["training"]}
     if len(counts) > 1:
         raise StudyError("the arms cannot be compared, their rollouts differ: " + ", ".join(
             f"{name} {count}" for count, name in counts.items()))
@@ -458,8 +459,8 @@ def main(argv: list[str] | None = None) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
         args.out = args.out.resolve()
         check_settings(args)
-        # Seed by seed, so that what there is can be compared at any time, and a machine that becomes
-        # slower does so for all arms.
+        # Seed by seed, so that what there is can be compared at any time, and a machine that
+        # becomes slower does so for all arms.
         seeds = range(args.first_seed, args.first_seed + args.seeds)
         jobs = [(BEFORE, None)] + [(arm, seed) for seed in seeds for arm in args.arms]
         bar = tqdm(jobs, unit="run")

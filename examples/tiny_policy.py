@@ -9,9 +9,9 @@ script, for prompts exactly as rollout.py builds them, for all three operators.
 
 What it is not: a language model. It cannot read a description beyond the metric, the task kind
 and a few words; it knows some twenty estimators and a dozen ways to go wrong. It was taught
-mistakes on purpose: of its first drafts 41 to 47 % were valid (three seeds, README) and 0.4 to 3.3 %
-won a medal. That is the room that reinforcement learning has. It says nothing about what AceGRPO
-does for a real model.
+mistakes on purpose: of its first drafts 41 to 47 % were valid and 0.4 to 3.3 % won a medal (three
+seeds, see README). That is the room that reinforcement learning has. It says nothing about what
+AceGRPO does for a real model.
 
 How it is taught (everything here is [ours]):
 
@@ -81,7 +81,7 @@ def make_story(rng: random.Random) -> str:
 
 
 def make_world(rng: random.Random, number: int, taken: set[str]) -> bench.Spec:
-    """One random competition. Its names and its story mean nothing; its data have some structure."""
+    """One random competition. Names and story mean nothing; the data have some structure."""
     # Half of the worlds are regressions: with all metrics alike the policy, when in doubt, takes
     # numbers for classes.
     regression = rng.random() < 0.5
@@ -418,9 +418,10 @@ def make_model(tokenizer, hidden: int, layers: int, seed: int):
     torch.manual_seed(seed)
     return Qwen3ForCausalLM(Qwen3Config(
         vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=3 * hidden,
-        num_hidden_layers=layers, num_attention_heads=hidden // 32, num_key_value_heads=hidden // 64,
-        head_dim=32, max_position_embeddings=2048, tie_word_embeddings=True,
-        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+        num_hidden_layers=layers, num_attention_heads=hidden // 32,
+        num_key_value_heads=hidden // 64, head_dim=32, max_position_embeddings=2048,
+        tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id))
 
 
 def muon_step(weights: list, momenta: list, rate: float) -> None:
@@ -466,8 +467,8 @@ def teach(directory: Path, families: list[list[Sequence]], tokens_per_batch: int
         if size >= tokens_per_batch:
             batches.append(batch)
             batch, size = [], 0
-    # Muon for the matrices inside the layers, AdamW for the rest: in the same 40 seconds AdamW alone
-    # ended at 51 nats an answer, the two together at 35.
+    # Muon for the matrices inside the layers, AdamW for the rest: in the same 40 seconds AdamW
+    # alone ended at 51 nats an answer, the two together at 35.
     inside = [p for n, p in policy.named_parameters() if p.ndim == 2 and ".layers." in n]
     others = [p for n, p in policy.named_parameters() if p.ndim != 2 or ".layers." not in n]
     adam = torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.95), fused=True)
@@ -491,9 +492,11 @@ def teach(directory: Path, families: list[list[Sequence]], tokens_per_batch: int
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description="Teach a tiny Qwen3 to write scikit-learn scripts.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--out", required=True, help="directory of the model; replaced if it exists")
+    parser = argparse.ArgumentParser(
+        description="Teach a tiny Qwen3 to write scikit-learn scripts.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--out", required=True,
+                        help="directory of the model; replaced if it exists")
     parser.add_argument("--prompts", type=int, default=2200, help="prompts")
     parser.add_argument("--answers", type=int, default=7, help="answers to each prompt")
     parser.add_argument("--worlds", type=int, default=600, help="random competitions")
@@ -534,8 +537,8 @@ def main(argv=None) -> int:
     tokenizer.save_pretrained(out)
     lengths = [len(s.tokens) - s.prompt_length for family in families for s in family]
     print(f"{model.num_parameters() / 1e6:.2f}M parameters; {len(families)} prompts of "
-          f"{np.mean([f[0].prompt_length for f in families]):.0f} tokens, {len(lengths)} answers of "
-          f"{np.mean(lengths):.0f} tokens", flush=True)
+          f"{np.mean([f[0].prompt_length for f in families]):.0f} tokens, {len(lengths)} answers "
+          f"of {np.mean(lengths):.0f} tokens", flush=True)
     loss = teach(out, families, args.batch_tokens, args.learning_rate, args.seed)
     print(f"wrote {out}: loss {loss:.3f} nat/token, {time.monotonic() - started:.0f} s")
     return 0

@@ -280,7 +280,8 @@ def test_a_run_with_crossover_has_its_marks_and_its_panel(browser, tmp_path):
     right = browser.js("Math.max(...[...document.querySelectorAll('.cell')].map("
                        "c => c.getBoundingClientRect().right))")
     assert right <= browser.js("document.querySelector('#heat svg').getBoundingClientRect().right")
-    colors = browser.js("[...document.querySelectorAll('.edge')].map(e => e.getAttribute('stroke'))")
+    colors = browser.js("[...document.querySelectorAll('.edge')]"
+                        ".map(e => e.getAttribute('stroke'))")
     assert set(colors) <= set(data["colors"]["operators"].values())
 
 
