@@ -184,20 +184,30 @@ class Config:
     unsafe: bool = opt(False, "run scripts without isolation where the system offers none")
 
 
-# One node of 8 x 80 GB: 4 ranks learn with FSDP, 4 engines roll out.
-SMALL = dict(
-    model="Qwen/Qwen3-8B", competitions="examples/mlebench_medium.txt", heldout="lite",
-    steps=400, groups=16, responses=8, eval_drafts=0, rollout_threads=16, sandbox_slots=16,
-    learning_rate=1e-6, warmup_steps=10, decay=False, max_grad_norm=1.0, entropy_coef=0.0,
-    token_budget=32768, activation_checkpointing=True, engine_dtype="bfloat16",
-    max_model_len=24576, max_response_tokens=8192, max_num_seqs=128, kv_cache_gib=0.0,
-    logprob_gap_limit=0.1, description_chars=12000, preview_chars=6000, output_chars=4000,
-    timeout=3600.0, cpu_seconds=14400.0, memory_mb=32768)
 PRESETS = {
-    "tiny": {},  # the defaults above: a 2M-parameter policy on two CPU cores
-    "small": SMALL,
+    # `tiny` is the defaults above: a 2M-parameter policy on two CPU cores.
+    "tiny": {},
+    # One node of 8 x 80 GB: 4 ranks learn with FSDP, 4 engines roll out.
+    "small": dict(
+        model="Qwen/Qwen3-8B", competitions="examples/mlebench_medium.txt", heldout="lite",
+        steps=400, groups=16, responses=8, eval_drafts=0, rollout_threads=16, sandbox_slots=16,
+        learning_rate=1e-6, warmup_steps=10, decay=False, max_grad_norm=1.0, entropy_coef=0.0,
+        token_budget=32768,
+        activation_checkpointing=True, engine_dtype="bfloat16", max_model_len=24576,
+        max_response_tokens=8192, max_num_seqs=128, kv_cache_gib=0.0, logprob_gap_limit=0.1,
+        description_chars=12000, preview_chars=6000, output_chars=4000, timeout=3600.0,
+        cpu_seconds=14400.0, memory_mb=32768),
     # The paper's scale: 4 nodes of 8 x 80 GB.
-    "ace30b": SMALL | dict(model="Qwen/Qwen3-30B-A3B", learner_ranks=16, tensor_parallel=2),
+    "ace30b": dict(
+        model="Qwen/Qwen3-30B-A3B", competitions="examples/mlebench_medium.txt",
+        heldout="lite", steps=400, groups=16, responses=8, eval_drafts=0,
+        learner_ranks=16, tensor_parallel=2, rollout_threads=16, sandbox_slots=16,
+        learning_rate=1e-6, warmup_steps=10, decay=False, max_grad_norm=1.0, entropy_coef=0.0,
+        token_budget=32768,
+        activation_checkpointing=True, engine_dtype="bfloat16", max_model_len=24576,
+        max_response_tokens=8192, max_num_seqs=128, kv_cache_gib=0.0, logprob_gap_limit=0.1,
+        description_chars=12000, preview_chars=6000, output_chars=4000, timeout=3600.0,
+        cpu_seconds=14400.0, memory_mb=32768),
 }
 
 
