@@ -182,28 +182,46 @@ def pack(
                 pieces.append([])
             pieces[-1].append(i)
     pieces.sort(key=lambda members: (-cost(members), members[0]))
+    costs = [cost(members) for members in pieces]
+    bins = first_fit(costs, token_budget)
+    count = math.ceil(len(bins) / ranks) * ranks
+    even = evenly(costs, count)
+    if max(sum(costs[piece] for piece in chosen) for chosen in even) > token_budget:
+        even = bins + [[] for _ in range(count - len(bins))]
+    return [[i for piece in chosen for i in pieces[piece]] for chosen in even]
 
+
+def first_fit(costs: list[int], budget: int) -> list[list[int]]:
+    """Indices into `costs`, a list a bin of at most `budget`: each into the first bin with room.
+
+    >>> first_fit([5, 4, 3, 1], 8)
+    [[0, 2], [1, 3]]
+    """
     bins: list[list[int]] = []
     loads: list[int] = []
-    for members in pieces:
-        fits = [b for b, load in enumerate(loads) if load + cost(members) <= token_budget]
-        if not fits:
+    for i, cost in enumerate(costs):
+        place = next((b for b, load in enumerate(loads) if load + cost <= budget), len(bins))
+        if place == len(bins):
             bins.append([])
             loads.append(0)
-            fits = [len(bins) - 1]
-        bins[fits[0]] += members
-        loads[fits[0]] += cost(members)
-    count = math.ceil(len(bins) / ranks) * ranks
+        bins[place].append(i)
+        loads[place] += cost
+    return bins
 
-    even: list[list[int]] = [[] for _ in range(count)]
-    even_loads = [0] * count
-    for members in pieces:
-        emptiest = even_loads.index(min(even_loads))
-        even[emptiest] += members
-        even_loads[emptiest] += cost(members)
-    if max(even_loads) <= token_budget:
-        return even
-    return bins + [[] for _ in range(count - len(bins))]
+
+def evenly(costs: list[int], count: int) -> list[list[int]]:
+    """Indices into `costs`, in `count` bins: each into the emptiest so far.
+
+    >>> evenly([5, 4, 3, 1], 2)
+    [[0, 3], [1, 2]]
+    """
+    bins: list[list[int]] = [[] for _ in range(count)]
+    loads = [0] * count
+    for i, cost in enumerate(costs):
+        emptiest = loads.index(min(loads))
+        bins[emptiest].append(i)
+        loads[emptiest] += cost
+    return bins
 
 
 class Segments:
