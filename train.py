@@ -984,6 +984,7 @@ class Run:
         self.rollout_ranks = rollout_ranks
         self.dir = Path(config.run_dir)
         self.step = 0  # batches consumed; learner.version counts those that changed the policy
+        self.dull = 0  # steps in a row that had nothing to learn from
         self.stage = ("starts", time.monotonic())  # what this rank does, and since when
         self.over = threading.Event()
         train, heldout = load_splits(config)
@@ -1061,46 +1062,16 @@ class Run:
         self.over.set()
 
     def learn(self, bar) -> None:
-        """All steps that are left."""
-        config, curriculum, learner = self.config, self.curriculum, self.learner
-        dull = 0  # steps in a row that had nothing to learn from
-        board = None
+        """All steps that are left, and what is written of each."""
+        config, board = self.config, None
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             # The steps that a resumed run takes again replace the earlier ones.
             board = SummaryWriter(self.dir / "tensorboard", purge_step=self.step + 1)
         while self.step < config.steps:
-            started = time.monotonic()
-            self.begin("waits for a batch")
-            results = curriculum.next_batch()
-            waited = time.monotonic()
-            version = learner.version
-            metrics = {"step": self.step + 1, "policy_version": version,
-                       **batch_metrics(results, version)}
-            sequences = make_batch(results, config)
-            dull = 0 if sequences else dull + 1
-            if sequences:
-                metrics |= self.everyone("step", sequences)
-            if metrics.get("skipped"):
-                print(f"warning: step {self.step + 1}: loss or gradient is not finite; the policy "
-                      "stays as it was", file=sys.stderr, flush=True)
-            if dull and dull % 10 == 0:
-                print(f"warning: {dull} steps in a row without anything to learn from: within each "
-                      f"group all rewards are equal ({metrics['reward_mean']:.3f} on average in "
-                      "the last batch)", file=sys.stderr, flush=True)
-            learnt = time.monotonic()
-            metrics["logprob_gap"] = self.publish() if learner.version != version else None
-            synced = time.monotonic()
-            curriculum.stepped(learner.version)
-            self.step += 1
-            metrics |= {f"buffer_{op}": n for op, n in curriculum.buffer.counts().items()}
-            metrics |= curriculum.sampler.metrics()
-            metrics |= {"dropped": curriculum.dropped, "skipped_prompts": curriculum.skipped,
-                        "seconds_wait": waited - started, "seconds_learn": learnt - waited,
-                        "seconds_sync": synced - learnt,
-                        "seconds_step": time.monotonic() - started}
-            append_jsonl(self.dir / "metrics.jsonl", [{**EMPTY_METRICS, **metrics}])
+            metrics = self.take_step()
+            append_jsonl(self.dir / "metrics.jsonl", [metrics])
             if board:
                 for name, value in metrics.items():
                     if value is not None:
@@ -1110,9 +1081,43 @@ class Run:
             bar.set_postfix(
                 reward=f"{metrics['reward_mean']:.2f}", valid=f"{metrics['valid_rate']:.0%}",
                 medal=f"{metrics['medal_rate']:.0%}", stale=f"{metrics['staleness_mean']:.1f}",
-                tasks=len(curriculum.buffer))
+                tasks=len(self.curriculum.buffer))
             if self.step % config.checkpoint_every == 0 or self.step == config.steps:
                 self.save()
+
+    def take_step(self) -> dict:
+        """Wait for a batch, learn from it, publish the weights; the row of metrics.jsonl."""
+        curriculum, learner = self.curriculum, self.learner
+        started = time.monotonic()
+        self.begin("waits for a batch")
+        results = curriculum.next_batch()
+        waited = time.monotonic()
+        version = learner.version
+        metrics = {**EMPTY_METRICS, "step": self.step + 1, "policy_version": version,
+                   **batch_metrics(results, version)}
+        sequences = make_batch(results, self.config)
+        self.dull = 0 if sequences else self.dull + 1
+        if sequences:
+            metrics |= self.everyone("step", sequences)
+        if metrics["skipped"]:
+            print(f"warning: step {self.step + 1}: loss or gradient is not finite; the policy "
+                  "stays as it was", file=sys.stderr, flush=True)
+        if self.dull and self.dull % 10 == 0:
+            print(f"warning: {self.dull} steps in a row without anything to learn from: within "
+                  f"each group all rewards are equal ({metrics['reward_mean']:.3f} on average in "
+                  "the last batch)", file=sys.stderr, flush=True)
+        learnt = time.monotonic()
+        if learner.version != version:
+            metrics["logprob_gap"] = self.publish()
+        synced = time.monotonic()
+        curriculum.stepped(learner.version)
+        self.step += 1
+        metrics |= {f"buffer_{op}": n for op, n in curriculum.buffer.counts().items()}
+        metrics |= curriculum.sampler.metrics()
+        return metrics | {
+            "dropped": curriculum.dropped, "skipped_prompts": curriculum.skipped,
+            "seconds_wait": waited - started, "seconds_learn": learnt - waited,
+            "seconds_sync": synced - learnt, "seconds_step": time.monotonic() - started}
 
     def publish(self) -> float:
         """Give every engine the learner's weights, and check that it samples with them.
@@ -1251,8 +1256,8 @@ class Run:
 EMPTY_METRICS = dict.fromkeys(
     "step policy_version reward_mean reward_std valid_rate medal_rate groups groups_trained tokens "
     "tokens_total tokens_computed staleness_mean staleness_max loss grad_norm learning_rate "
-    "skipped kl kl_ref logprob_diff clip_frac clip_frac_low clip_frac_high entropy is_ratio_mean ess "
-    "logprob_gap unique_scripts".split())
+    "skipped kl kl_ref logprob_diff clip_frac clip_frac_low clip_frac_high entropy is_ratio_mean "
+    "ess logprob_gap unique_scripts".split())
 
 
 def mend_traces(run_dir: Path) -> None:

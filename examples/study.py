@@ -34,7 +34,6 @@ training competitions, or keep some of them out of training with --dev.
 
 import argparse
 import json
-import re
 import shutil
 import signal
 import subprocess
