@@ -824,6 +824,7 @@ class AgentRun:
 
     @classmethod
     def load(cls, competition: Competition, seed: int, folder: Path) -> "AgentRun":
+        """Take up the record in `folder`, which is made when there is none; a torn line is cut."""
         run = cls(competition, seed, folder=folder)
         folder.mkdir(parents=True, exist_ok=True)
         log = folder / "steps.jsonl"

@@ -56,6 +56,8 @@ class PlotError(Exception):
 
 @dataclass
 class Run:
+    """What a run directory has logged, and how it is drawn; `run["kl"]` is a column of its rows."""
+
     name: str
     color: str
     rows: list[dict]  # of metrics.jsonl
@@ -345,6 +347,7 @@ def plot(directories: list[Path | str], out: Path | str) -> None:
 
 
 def draw(runs: list[Run], splits: list[str]) -> Figure:
+    """Six panels over the steps, and one for each of the splits that were evaluated."""
     rows = 3 if splits else 2
     height = 4.0 * rows + 1.1  # inches
     figure = Figure(figsize=(15, height))
