@@ -27,7 +27,8 @@ def training_run(run_dir, steps=3) -> list[dict]:
     class Run(train.Run):
         def __init__(self):
             self.config, self.curriculum, self.learner = config, curriculum, learner
-            self.dir, self.step, self.evaluated, self.followers = run_dir, 0, True, []
+            self.dir, self.step, self.dull = run_dir, 0, 0
+            self.evaluated, self.followers = True, []
             self.rollout_ranks, self.over = [1], threading.Event()
             self.queues = defaultdict(queue.Queue, tasks=curriculum.tasks).__getitem__
             self.publish, self.save, self.evaluate = lambda: 0.0, lambda: None, lambda when: None
