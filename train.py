@@ -881,7 +881,8 @@ def rollout_main(config: Config, rank: int, address, key: bytes) -> None:
                       cpu_seconds=config.cpu_seconds, memory_mb=config.memory_mb,
                       disk_mb=config.disk_mb, file_mb=config.disk_mb,
                       gpus=gpus_of_slots(config.sandbox_gpus, config.sandbox_slots,
-                                         rank * config.sandbox_slots), unsafe=config.unsafe, scratch=str(scratch),
+                                         rank * config.sandbox_slots),
+                      unsafe=config.unsafe, scratch=str(scratch),
                       delay=config.sandbox_delay, attempts=2)
     if sandbox.problem:
         print(f"rollout rank {rank}: scripts cannot be isolated here: {sandbox.problem}; --unsafe "
@@ -1275,8 +1276,8 @@ def load_splits(config: Config) -> tuple[list, list]:
     heldout = load_competitions(config.heldout, config.data_dir or None) if config.heldout else []
     both = ({c.id for c in train} | set(trained_on(config.model))) & {c.id for c in heldout}
     if both and not config.allow_overlap:
-        raise UserError(f"--heldout {config.heldout}: {min(both)} is a training competition too, of "
-                        "this run or of --model's; --allow-overlap lets it be both")
+        raise UserError(f"--heldout {config.heldout}: {min(both)} is a training competition too, "
+                        "of this run or of --model's; --allow-overlap lets it be both")
     return train, heldout
 
 

@@ -702,7 +702,8 @@ def test_mistakes_are_one_line_and_status_2(arguments, message, capsys):
 ])
 def test_mistakes_in_the_file_name_the_file(text, message, tmp_path, capsys):
     (tmp_path / "c.yaml").write_text(text)
-    assert rollout.main(["--model=m", "--competitions=lite", f"--config={tmp_path / 'c.yaml'}"]) == 2
+    arguments = ["--model=m", "--competitions=lite", f"--config={tmp_path / 'c.yaml'}"]
+    assert rollout.main(arguments) == 2
     error = capsys.readouterr().err
     assert f"{tmp_path / 'c.yaml'}: " in error and message in error and error.count("\n") == 1
 
