@@ -1042,7 +1042,12 @@ def check_settings(folder: Path, settings: dict) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         path.with_suffix(".new").write_text(json.dumps(settings, indent=1) + "\n")
         path.with_suffix(".new").rename(path)
-    found = json.loads(path.read_text())
+    try:
+        found = json.loads(path.read_text())
+        found.keys()
+    except (ValueError, AttributeError) as error:
+        raise CompetitionError(f"{path} cannot be read ({error}): give another --out, or remove "
+                               f"{folder}") from None
     for name in settings.keys() | found.keys():
         if settings.get(name) != found.get(name):
             raise CompetitionError(
@@ -1062,6 +1067,17 @@ def describe_hardware() -> dict:
     return {"cpu": cpu.group(1) if cpu else platform.machine(),
             "cores": len(os.sched_getaffinity(0)), "memory_gib": round(memory / 2**30, 1),
             "gpus": gpus, "system": platform.platform()}
+
+
+def gpus_of_slots(listed: str, slots: int, first: int = 0) -> list[str] | None:
+    """CUDA_VISIBLE_DEVICES of each sandbox slot: one of the listed GPUs, in turn; `first` is the
+    number of slots that other processes have already given theirs.
+
+    >>> gpus_of_slots("4,5", 3), gpus_of_slots("4,5", 1, first=3), gpus_of_slots("", 2)
+    (['4', '5', '4'], ['5'], None)
+    """
+    ids = [part.strip() for part in listed.split(",") if part.strip()]
+    return [ids[(first + slot) % len(ids)] for slot in range(slots)] if ids else None
 
 
 def write_report(path: Path, runs: list[AgentRun], agent: AgentConfig, model: str,
@@ -1157,8 +1173,13 @@ def start_guard(scratch: str) -> None:
                      start_new_session=True, stdin=subprocess.DEVNULL)
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise ValueError(message)  # one line, without 20 of usage
+
+
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Evaluate a policy as an agent: greedy tree search on every competition.",
         epilog="The same command again goes on with an evaluation that was interrupted.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -1216,16 +1237,42 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Command line -> flags; those of a --config file come first, so that given ones win."""
     parser = make_parser()
     words = sys.argv[1:] if argv is None else argv
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
     if path := first.parse_known_args(words)[0].config:
-        known = vars(parser.parse_args(["--model=", "--competitions="]))
-        words = read_settings(path, known) + list(words)
+        required = ["--model=", "--competitions="]
+        own = read_settings(path, set(vars(parser.parse_args(required))) - {"config"})
+        try:
+            parser.parse_args(required + own)
+        except ValueError as error:
+            raise ValueError(f"--config {path}: {error}") from None
+        words = own + list(words)
     args = parser.parse_args(words)
-    for name in ("steps", "seeds", "parallel", "slots", "threads"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} must be at least 1")
+    for names, right, what in (
+            ("steps seeds parallel slots threads memory_mb disk_mb max_num_seqs "
+             "tensor_parallel max_response_tokens", lambda x: x >= 1, "be at least 1"),
+            ("hours timeout", lambda x: 0 < x < math.inf, "be greater than 0"),
+            ("debug_probability crossover_probability", lambda x: 0 <= x <= 1, "be in [0, 1]"),
+            ("drafts debug_depth temperature cpu_seconds kv_cache_gib description_chars "
+             "preview_chars output_chars memory_chars", lambda x: x >= 0, "not be negative")):
+        for name in names.split():
+            if not right(getattr(args, name)):
+                flag = "--" + name.replace("_", "-")
+                raise ValueError(f"{flag} must {what}, not {getattr(args, name)}")
+    if args.max_response_tokens >= args.max_model_len:
+        raise ValueError("--max-response-tokens must be smaller than --max-model-len, which holds "
+                         "prompt and response")
     return args
+
+
+def trained_on(model: str | Path) -> list[str]:
+    """Ids of the competitions that the policy of a run directory has seen; [] when not known."""
+    path = Path(model).resolve().parent / "splits.json"  # train.py writes it beside policy/
+    try:
+        return json.loads(path.read_text())["train"] if path.exists() else []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CompetitionError(f"{path} cannot be read ({type(error).__name__}: {error}): it says "
+                               "what the policy was trained on; restore or remove it") from None
 
 
 def check_overlap(model: Path, competitions: list[Competition]) -> None:
@@ -1234,9 +1281,7 @@ def check_overlap(model: Path, competitions: list[Competition]) -> None:
     Raises:
         CompetitionError: one line that names the first of them.
     """
-    path = model.resolve().parent / "splits.json"  # train.py writes it beside policy/
-    trained = json.loads(path.read_text())["train"] if path.exists() else []
-    if both := {c.id for c in competitions} & set(trained):
+    if both := {c.id for c in competitions} & set(trained_on(model)):
         raise CompetitionError(f"--competitions: {min(both)} was a training competition of "
                                f"{model}; --allow-overlap evaluates on it all the same")
 
@@ -1255,20 +1300,22 @@ def main(argv: list[str] | None = None) -> int:
                    for p in sorted(model.glob("*.safetensors"))]
         settings = {k: v for k, v in vars(args).items() if k not in FREE}
         folder = out.parent / f"{out.stem}-runs"
-        check_settings(folder, settings | {"model": str(model.resolve()), "weights": weights})
-    except ValueError as error:  # CompetitionError is one
+        try:
+            check_settings(folder, settings | {"model": str(model.resolve()), "weights": weights})
+        except OSError as error:
+            raise ValueError(f"--out {out}: {error}") from None
+    except (ValueError, OSError) as error:  # CompetitionError is a ValueError
         print(f"rollout.py: {error}", file=sys.stderr)
         return 2
     agent = AgentConfig(args.steps, args.drafts, args.debug_probability, args.debug_depth,
                         args.hours, args.crossover_probability)
     config = RolloutConfig(args.max_response_tokens, args.temperature, timeout=args.timeout)
-    gpus = [gpu for gpu in args.sandbox_gpus.split(",") if gpu]
+    gpus = gpus_of_slots(args.sandbox_gpus, args.slots)
     with Sandbox(
             slots=args.slots, timeout=args.timeout, cpu_seconds=args.cpu_seconds or None,
             memory_mb=args.memory_mb, disk_mb=args.disk_mb, file_mb=args.disk_mb,
             threads=args.threads,
-            gpus=[gpus[slot % len(gpus)] for slot in range(args.slots)] if gpus else None,
-            unsafe=args.unsafe, attempts=2) as sandbox:
+            gpus=gpus, unsafe=args.unsafe, attempts=2) as sandbox:
         if sandbox.problem:
             print(f"rollout.py: scripts cannot be isolated here: {sandbox.problem}; --unsafe runs "
                   "them without isolation", file=sys.stderr)
@@ -1299,7 +1346,7 @@ def main(argv: list[str] | None = None) -> int:
             engine.close()
     limits = {"hours_per_competition": args.hours, "hours_per_execution": args.timeout / 3600,
               "scripts_at_a_time": args.slots, "threads": args.threads, "memory_mb": args.memory_mb,
-              "gpus": gpus, "isolation": sandbox.isolation}
+              "gpus": gpus or [], "isolation": sandbox.isolation}
     report = write_report(out, runs, agent, args.model, seeds=args.seeds, limits=limits)
     print_report(report)
     print(f"wrote {args.out}")

@@ -255,13 +255,19 @@ class Competition:
         return 1.0 - int(better.sum()) / len(board)
 
     def grade(self, submission: bytes) -> Grade:
-        """Grade the bytes of a submission.csv; whatever they hold, the answer is a Grade."""
+        """Grade the bytes of a submission.csv; whatever they hold, the answer is a Grade.
+
+        Raises: CompetitionError when the answers cannot be read, which is no submission's fault.
+        [ours] A score that is not finite is refused, where mlebench calls it valid without a medal:
+        the reward is made of it.
+        """
+        answers = self._answers
         try:
             frame = read_submission(submission, self._sample)
         except SubmissionError as error:
             return Grade(False, reason=_one_line(error))
         try:
-            score = self.grader(frame, copy.deepcopy(self._answers))
+            score = self.grader(frame, copy.deepcopy(answers))
             score = math.nan if score is None else round(float(score), 5)  # as mlebench rounds
         except (Exception, SystemExit) as error:  # a grader refuses by raising, in its own words
             said = str(error) if " " in str(error) else f"{type(error).__name__}: {error}"
@@ -285,9 +291,13 @@ class Competition:
         """What the grader gets: a DataFrame (.csv), a list of objects (.jsonl), else the path."""
         import pandas as pd
 
-        if self.answers.suffix == ".jsonl":
-            return [json.loads(line) for line in self.answers.read_bytes().splitlines()]
-        return pd.read_csv(self.answers) if self.answers.suffix == ".csv" else self.answers
+        try:
+            if self.answers.suffix == ".jsonl":
+                return [json.loads(line) for line in self.answers.read_bytes().splitlines()]
+            return pd.read_csv(self.answers) if self.answers.suffix == ".csv" else self.answers
+        except (OSError, ValueError) as error:  # pandas' own errors are ValueErrors
+            what = f"the answers of {self.id!r} cannot be read: {_one_line(error)}"
+            raise CompetitionError(f"{self.answers}: {what}; prepare its data again") from None
 
 
 _GET_MLEBENCH = (
@@ -323,7 +333,11 @@ def load_competitions(where: str | Path, data_dir: str | Path | None = None) -> 
     path = Path(where)
     if str(where) in ("lite", "all") or path.is_file():
         if path.is_file():
-            ids = [line.partition("#")[0].strip() for line in path.read_text().splitlines()]
+            try:
+                lines = path.read_text(encoding="utf-8").splitlines()
+            except (OSError, UnicodeDecodeError) as error:
+                raise CompetitionError(f"{path}: no file of ids: {_one_line(error)}") from None
+            ids = [line.partition("#")[0].strip() for line in lines]
         else:
             ids = LITE if str(where) == "lite" else _all_of_mlebench()
         found = [Competition.from_mlebench(name, data_dir) for name in filter(None, ids)]

@@ -56,7 +56,7 @@ import numpy as np
 
 from buffer import OPERATORS, EvolvingBuffer, Group, Task, last_line
 from rollout import (Engine, EngineConfig, PromptBudget, Prompter, Request, Result, RolloutConfig,
-                     RolloutWorker, read_settings)
+                     RolloutWorker, gpus_of_slots, read_settings, trained_on)
 from sampler import AdaptiveSampler
 from sandbox import CompetitionError, Sandbox, load_competitions
 
@@ -110,7 +110,8 @@ class Config:
     rollout_threads: int = opt(24, "groups in flight per engine; (eta + 1) * B keeps the engine's "
                                    "batches large: it samples a whole hand-out at once")
     sandbox_slots: int = opt(2, "scripts that run at the same time per rollout rank")
-    sandbox_gpus: str = opt("", "GPU ids that scripts may see, e.g. 6,7; '' for none")
+    sandbox_gpus: str = opt("", "GPU ids for the scripts, e.g. 6,7: one for each sandbox slot in "
+                                "turn; '' for none")
     learner_threads: int = opt(1, "CPU threads of the learner (CPU training only); two that wait "
                                   "for each other lose where sandboxes want the same cores")
     engine_threads: int = opt(1, "CPU threads of the engine (CPU engines only)")
@@ -884,8 +885,9 @@ def rollout_main(config: Config, rank: int, address, key: bytes) -> None:
     sandbox = Sandbox(slots=config.sandbox_slots, timeout=config.timeout,
                       cpu_seconds=config.cpu_seconds, memory_mb=config.memory_mb,
                       disk_mb=config.disk_mb, file_mb=config.disk_mb,
-                      gpus=[config.sandbox_gpus] * config.sandbox_slots if config.sandbox_gpus
-                      else None, unsafe=config.unsafe, scratch=str(scratch),
+                      gpus=gpus_of_slots(config.sandbox_gpus, config.sandbox_slots,
+                                         rank * config.sandbox_slots),
+                      unsafe=config.unsafe, scratch=str(scratch),
                       delay=config.sandbox_delay, attempts=2)
     if sandbox.problem:
         print(f"rollout rank {rank}: scripts cannot be isolated here: {sandbox.problem}; --unsafe "
@@ -1283,10 +1285,10 @@ def load_splits(config: Config) -> tuple[list, list]:
     """Training and held-out competitions, which must not overlap unless that is wanted."""
     train = load_competitions(config.competitions, config.data_dir or None)
     heldout = load_competitions(config.heldout, config.data_dir or None) if config.heldout else []
-    both = {c.id for c in train} & {c.id for c in heldout}
+    both = ({c.id for c in train} | set(trained_on(config.model))) & {c.id for c in heldout}
     if both and not config.allow_overlap:
-        raise UserError(f"--heldout {config.heldout}: {min(both)} is a training competition too; "
-                        "--allow-overlap lets it be both")
+        raise UserError(f"--heldout {config.heldout}: {min(both)} is a training competition too, "
+                        "of this run or of --model's; --allow-overlap lets it be both")
     return train, heldout
 
 
@@ -1456,6 +1458,7 @@ def prepare_run_dir(config: Config, resume: bool, splits: tuple[list, list]) -> 
     new.replace(run_dir / "config.json")  # at one stroke: without it nothing can be resumed
     (run_dir / "launch").write_text(f"{start_of_run():.2f}")
     ids = {name: [c.id for c in own] for name, own in zip(("train", "heldout"), splits)}
+    ids["train"] += [name for name in trained_on(config.model) if name not in ids["train"]]
     (run_dir / "splits.json").write_text(json.dumps(ids, indent=1) + "\n")
 
 

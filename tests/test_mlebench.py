@@ -120,6 +120,27 @@ def test_answers_other_than_csv_reach_the_grader(tmp_path):
     assert competition.grade(competition.sample_submission.read_bytes()).score == 7.0
 
 
+@pytest.mark.parametrize("name, content", [("test.csv", b""), ("test.csv", b"\xff\xfe\0"),
+                                           ("test.jsonl", b"{"), ("test.jsonl", b"\xff")])
+def test_answers_that_cannot_be_read_are_no_fault_of_a_submission(tmp_path, name, content):
+    make_competition(tmp_path)
+    (tmp_path / "toy/prepared/private" / name).write_bytes(content)
+    config_of(tmp_path, answers=f"toy/prepared/private/{name}")
+    competition = Competition.load(tmp_path / "toy")
+    with pytest.raises(CompetitionError, match="answers of 'toy' cannot be read.*prepare") as error:
+        competition.grade(competition.sample_submission.read_bytes())
+    assert "\n" not in str(error.value)
+
+
+def test_a_score_that_is_not_finite_is_refused(tmp_path):
+    make_competition(tmp_path)
+    for value in ("nan", "inf", "-inf"):
+        (tmp_path / "toy/grade.py").write_text(f"def grade(s, a): return float('{value}')\n")
+        competition = Competition.load(tmp_path / "toy")
+        grade = competition.grade(competition.sample_submission.read_bytes())
+        assert not grade.valid and grade.medal == "none" and "finite" in grade.reason
+
+
 def test_nothing_private_is_visible_where_the_sample_submission_is_private(tmp_path):
     make_competition(tmp_path)
     prepared = tmp_path / "toy/prepared"
@@ -260,6 +281,9 @@ def test_splits_by_name(stand_in, tmp_path, monkeypatch):
     assert [c.id for c in load_competitions(ids)] == ["ant", "zebra"]
     ids.write_text("ant\nant\n")
     with pytest.raises(CompetitionError, match="two competitions have the id 'ant'"):
+        load_competitions(ids)
+    ids.write_bytes(b"\xff\xfe")
+    with pytest.raises(CompetitionError, match="ids.txt: no file of ids"):
         load_competitions(ids)
     ids.write_text("# none\n")
     with pytest.raises(CompetitionError, match="no competition id"):

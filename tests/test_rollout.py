@@ -681,11 +681,55 @@ def test_competitions_of_the_training_run_are_refused(tmp_path, competition):
     (["--steps", "0"], "--steps must be at least 1"),
     (["--config", "/nowhere.yaml"], "--config /nowhere.yaml"),
     ([], "--model m: no config.json there"),
+    (["--steps", "x"], "--steps: invalid int"),
+    (["--step", "x", "--nonsense"], "--nonsense"),
+    (["--hours", "-1"], "--hours must be greater than 0, not -1.0"),
+    (["--timeout", "nan"], "--timeout must be greater than 0, not nan"),
+    (["--debug-probability", "7"], "--debug-probability must be in [0, 1]"),
+    (["--memory-chars", "-5"], "--memory-chars must not be negative"),
+    (["--max-model-len", "256"], "--max-response-tokens must be smaller"),
 ])
 def test_mistakes_are_one_line_and_status_2(arguments, message, capsys):
     assert rollout.main(["--model", "m", "--competitions", "lite", *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("text, message", [
+    ("steps: x", "--steps: invalid int value: 'x'"), ("steps: true", "--steps: expected one"),
+    ("unsafe: maybe", "--unsafe/--no-unsafe"), ("dtype: float16", "--dtype: invalid choice"),
+    ("config: other.yaml", "there is no flag --config"),
+])
+def test_mistakes_in_the_file_name_the_file(text, message, tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text(text)
+    arguments = ["--model=m", "--competitions=lite", f"--config={tmp_path / 'c.yaml'}"]
+    assert rollout.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert f"{tmp_path / 'c.yaml'}: " in error and message in error and error.count("\n") == 1
+
+
+def test_broken_records_are_one_line_and_status_2(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(rollout, "load_competitions", lambda *_: [])
+    (tmp_path / "policy").mkdir()
+    (tmp_path / "policy/config.json").touch()
+
+    def said(out="report.json"):
+        arguments = ["--model", str(tmp_path / "policy"), "--competitions", "lite", "--out",
+                     str(tmp_path / out)]
+        assert rollout.main(arguments) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        return error
+
+    (tmp_path / "file").touch()
+    assert "--out" in said("file/report.json")
+    (tmp_path / "report-runs").mkdir()
+    for text in ("{", "[1]"):
+        (tmp_path / "report-runs/settings.json").write_text(text)
+        assert "settings.json cannot be read" in said()
+        (tmp_path / "splits.json").write_text(text)
+        assert "splits.json cannot be read" in said()
+        (tmp_path / "splits.json").unlink()
 
 
 def test_each_slot_has_a_gpu_of_its_own_and_no_isolation_is_status_3(tmp_path, monkeypatch, capsys):

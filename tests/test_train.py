@@ -276,6 +276,18 @@ def test_a_run_directory_says_what_it_was_trained_on(tmp_path):
     assert (tmp_path / "run").stat().st_mode & 0o077 == 0
 
 
+def test_what_the_policy_was_trained_on_before_counts_too(tmp_path, monkeypatch):
+    splits = [SimpleNamespace(id="elm")], []
+    train.prepare_run_dir(make_config(run_dir=str(tmp_path / "one")), False, splits)
+    config = make_config(competitions="ids", heldout="lite", model=str(tmp_path / "one/policy"),
+                         run_dir=str(tmp_path / "two"))
+    named(monkeypatch, lite="elm fir", ids="gum")
+    with pytest.raises(UserError, match="elm is a training competition too.*or of --model's"):
+        train.load_splits(config)
+    train.prepare_run_dir(config, False, ([SimpleNamespace(id="gum")], []))
+    assert json.loads((tmp_path / "two/splits.json").read_text())["train"] == ["gum", "elm"]
+
+
 def test_every_field_is_documented_in_help(capsys):
     with pytest.raises(SystemExit) as end:
         parse_config(["--help"])
