@@ -19,7 +19,8 @@ What is whose:
 [ours]  1. The staleness rule (after AReaL), see `Curriculum`.
         2. Only queues cross processes, and one process owns buffer and sampler: no locks, no
            shared state. The queues are plain `queue.Queue`s that a `multiprocessing.managers`
-           server on rank 0 offers over TCP under a random key.
+           server on rank 0 offers over TCP under a random key. Weights are files in shared memory;
+           other nodes than rank 0's copy them into theirs through the same server.
         3. Every publication of weights ends in a self-check: the engine scores a fixed probe and
            the learner compares with its own log-probabilities.
         4. Whatever ends a run (the last step, Ctrl-C, a crash, kill -9 of any process), a guard
@@ -29,6 +30,7 @@ What is whose:
 import argparse
 import bisect
 import dataclasses
+import fcntl
 import importlib.util
 import json
 import math
@@ -719,6 +721,7 @@ class QueueServer:
     """
 
     def __init__(self, host: str = "127.0.0.1"):
+        """`host`: where to listen; "" for every interface."""
         self.queues: dict[str, queue.Queue] = defaultdict(queue.Queue)
         self.key = secrets.token_bytes(32)
 
@@ -761,6 +764,57 @@ def connect_queues(address: tuple[str, int], key: bytes):
     manager = Manager(address=address, authkey=key)
     manager.connect()
     return manager.queue
+
+
+class PublishedFiles:
+    """Rank 0's folder of published weights, for ranks on other nodes; offered beside the queues,
+    under the name "published"."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def sizes(self, version: str) -> dict[str, int]:
+        """File names of a version, and their bytes."""
+        return {path.name: path.stat().st_size for path in (self.folder / version).iterdir()}
+
+    def read(self, version: str, name: str, offset: int, size: int) -> bytes:
+        with open(self.folder / version / name, "rb") as file:
+            file.seek(offset)
+            return file.read(size)
+
+
+CHUNK = 64 << 20  # bytes of a file that travel in one message
+
+
+def fetch_weights(directory: Path, connect) -> None:
+    """Have the published `directory` on this node as well, under the same path.
+
+    On rank 0's node it is there. On another one the first rank that comes copies it, for all ranks
+    of the node, in the place of the version before, which every engine has taken over by now;
+    the guard of the rank that made the folder removes it.
+    """
+    if directory.exists():
+        return
+    folder = directory.parent
+    try:
+        folder.mkdir(mode=0o700)
+        start_guard([folder])
+    except FileExistsError:
+        pass  # by another rank of this node
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if directory.exists():
+            return
+        for old in folder.glob("v*"):
+            shutil.rmtree(old)
+        staging = folder / "incoming"
+        staging.mkdir()
+        published = connect("published")
+        for name, size in published.sizes(directory.name).items():
+            with open(staging / name, "wb") as file:
+                for offset in range(0, size, CHUNK):
+                    file.write(published.read(directory.name, name, offset, CHUNK))
+        staging.rename(directory)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -918,6 +972,7 @@ def serve_rollouts(config: Config, rank: int, connect, engine, sandbox, prompter
         try:
             while (message := weights.get()) is not None:
                 directory, version, probe = message
+                fetch_weights(Path(directory), connect)
                 engine.load(directory, version)
                 acks.put(engine.score(probe))
             ended.put(None)
@@ -1361,9 +1416,11 @@ def train(config: Config, resume: bool) -> None:
         store.wait([f"here_{r}" for r in range(world)])
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timeout)
     if rank == 0:
-        # Other nodes reach rank 0 where torchrun's own rendezvous reaches it.
-        queues = QueueServer("127.0.0.1" if one_node else os.environ["MASTER_ADDR"])
-        contact = [(queues.address, queues.key)]
+        # Other nodes reach rank 0 where torchrun's own rendezvous reaches it. That name may mean
+        # the loopback interface on rank 0's node itself, so it is no place to listen at.
+        queues = QueueServer("127.0.0.1" if one_node else "")
+        host = "127.0.0.1" if one_node else os.environ["MASTER_ADDR"]
+        contact = [((host, queues.address[1]), queues.key)]
     else:
         contact = [None]
     if world > 1:
@@ -1401,6 +1458,7 @@ def train(config: Config, resume: bool) -> None:
 
     scratch = scratch_folder("weights")
     start_guard([scratch])
+    queues.queues["published"] = PublishedFiles(scratch)
     child = None
     if world == 1:
         rollout_ranks = [1]

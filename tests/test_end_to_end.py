@@ -261,6 +261,63 @@ def test_eight_ranks(world, tmp_path):
     run.assert_nothing_stays()
 
 
+# A node of its own: shared memory, a network with one wire to the other node, and (the second) an
+# empty folder where the first has the run and the tests' files. Says what it leaves behind.
+NODE = """
+set -e
+mount -t tmpfs tmpfs /dev/shm
+if [ $NUMBER = 1 ]; then
+    cp -r $WORLD /dev/shm/copy
+    mount -t tmpfs tmpfs $BASE
+    mkdir -p $WORLD $HOME_OF_RUN $TMPDIR
+    mv /dev/shm/copy/* $WORLD
+    rmdir /dev/shm/copy
+fi
+cd $HOME_OF_RUN
+until ip link show wire >$HOME_OF_RUN/wire 2>&1; do sleep 0.1; done
+ip address add 10.77.0.$((NUMBER + 1))/24 dev wire
+ip link set lo up
+ip link set wire up
+export GLOO_SOCKET_IFNAME=wire
+status=0
+"$@" --node-rank=$NUMBER $ARGUMENTS || status=$?
+for i in $(seq 100); do [ -z "$(ls -A /dev/shm)" ] || sleep 0.1; done
+ls -A /dev/shm | sed "s/^/left behind: /"
+exit $status
+"""
+
+
+@pytest.mark.long
+def test_two_nodes_without_a_shared_directory(world, tmp_path, monkeypatch):
+    """Two torchrun agents in mount and network namespaces of their own; rank 0 learns, an engine
+    beside it and two on the other node roll out."""
+    if subprocess.run(["unshare", "-n", "-m", "true"], capture_output=True).returncode:
+        pytest.skip("namespaces cannot be made here (it takes root)")
+    run_dir = tmp_path / "run"
+    monkeypatch.setenv("WORLD", str(world))
+    monkeypatch.setenv("BASE", str(world.parent))
+    monkeypatch.setenv("HOME_OF_RUN", str(tmp_path))
+    monkeypatch.setenv("ARGUMENTS", " ".join(
+        arguments(world, run_dir, learner_ranks=1, kv_cache_gib=0.1)))
+    agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=2",
+             "--master-addr=10.77.0.1", "--master-port=29400", "--log-dir=torchrun"]
+    nodes = []
+    for number in ("0", "1"):
+        monkeypatch.setenv("NUMBER", number)
+        nodes.append(Started(["unshare", "-n", "-m", "sh", "-c", NODE, "sh", *agent],
+                             tmp_path / f"log{number}"))
+    first, second = (str(node.process.pid) for node in nodes)
+    wait_until(lambda: len({os.readlink(f"/proc/{pid}/ns/net")
+                            for pid in ("self", first, second)}) == 3, 10, "two networks")
+    subprocess.run(["ip", "link", "add", "wire", "netns", first, "type", "veth",
+                    "peer", "name", "wire", "netns", second], check=True)
+    for node in nodes:
+        assert "left behind" not in node.finish(600)
+    check_run(run_dir, 3)
+    for node in nodes:
+        node.assert_nothing_stays()
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_engine_and_learner_agree_after_an_update(world, tmp_path, tied):
     """The trap: with tied embeddings an update without lm_head.weight leaves the old head."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import queue
 import threading
 from collections import defaultdict
@@ -400,3 +401,37 @@ def test_queues_reach_other_processes_and_need_the_key():
 
     with pytest.raises(AuthenticationError):
         train.connect_queues(server.address, b"another key")
+
+
+def test_ranks_of_another_node_copy_a_version_once_and_drop_the_one_before(tmp_path, monkeypatch):
+    class Counting(train.PublishedFiles):
+        reads = 0
+
+        def read(self, *arguments):
+            Counting.reads += 1
+            return super().read(*arguments)
+
+    guarded = []
+    monkeypatch.setattr(train, "CHUNK", 1000)
+    monkeypatch.setattr(train, "start_guard", guarded.append)
+    here, there = tmp_path / "here" / "weights-1", tmp_path / "there" / "weights-1"
+    there.parent.mkdir()
+    server = train.QueueServer()
+    server.queues["published"] = Counting(here)
+    connect = train.connect_queues(server.address, server.key)
+    files = {"model.safetensors": os.urandom(3500), "config.json": b"{}", "empty": b""}
+    for version in ("v1", "v2"):
+        (here / version).mkdir(parents=True)
+        for name, content in files.items():
+            (here / version / name).write_bytes(content)
+        train.fetch_weights(here / version, connect)  # on rank 0's own node: nothing to do
+        ranks = [threading.Thread(target=train.fetch_weights, args=(there / version, connect))
+                 for _ in range(4)]
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join(30)
+        assert {p.name: p.read_bytes() for p in (there / version).iterdir()} == files
+    assert Counting.reads == 2 * (4 + 1)  # chunks of the two files that are not empty
+    assert sorted(p.name for p in there.iterdir()) == ["lock", "v2"] and guarded == [[there]]
+    assert there.stat().st_mode & 0o077 == 0
