@@ -508,6 +508,23 @@ class EngineDead(RuntimeError):
     """vLLM's engine process has died; the message says what to look at."""
 
 
+class WorkerExtension:
+    """What vLLM adds to the workers inside its own process, for `collective_rpc`."""
+
+    def load_published(self, directory: str) -> None:
+        """vLLM's layerwise reload, between two engine steps. On CPUs vLLM 0.32 packs the experts of
+        a mixture while it sets their kernel up and forgets to when it reloads them, silently: without
+        a kernel it sets one up again."""
+        from vllm.platforms import current_platform
+
+        if current_platform.is_cpu():
+            for module in self.get_model().modules():
+                method = getattr(module, "quant_method", None)
+                if getattr(method, "moe_kernel", None) is not None:
+                    method.moe_kernel = None
+        self.reload_weights(weights_path=directory)
+
+
 class Engine:
     """vLLM's AsyncLLM behind three blocking calls, safe to use from many threads.
 
@@ -545,6 +562,7 @@ class Engine:
             logprobs_mode="processed_logprobs",
             seed=config.seed,
             disable_log_stats=True,
+            worker_extension_cls="rollout.WorkerExtension",
         )
         self.version = version
         self.max_model_len = config.max_model_len
@@ -627,8 +645,7 @@ class Engine:
         The directory must hold `lm_head.weight` even when the embeddings are tied: vLLM would
         otherwise keep the old output head, silently (see `Learner.publish`).
         """
-        self._wait(self._while_alive(self.llm.collective_rpc(
-            "reload_weights", kwargs={"weights_path": str(directory)})))
+        self._wait(self._while_alive(self.llm.collective_rpc("load_published", args=(str(directory),))))
         self.version = version
 
     def close(self) -> None:

@@ -353,6 +353,88 @@ def test_engine_and_learner_agree_after_an_update(world, tmp_path, tied):
         engine.close()
 
 
+def make_family(name: str, world: Path, directory: Path) -> None:
+    """A random-init model of a family, with the tokenizer of the world's policy."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    own = {"llama": {}, "gemma3_text": dict(
+               sliding_window=8, layer_types=["sliding_attention", "full_attention"]),
+           # Experts of 48: vLLM's CPU kernel pads them to 64.
+           "qwen3_moe": dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48,
+                             decoder_sparse_step=1, norm_topk_prob=True)}[name]
+    shutil.copytree(world / "policy", directory, ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(
+        name, vocab_size=768, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=32, initializer_range=0.2,
+        max_position_embeddings=256, **own)).save_pretrained(directory)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3_moe"])
+def test_a_family_learns_publishes_and_samples(world, tmp_path, family):
+    """Learner steps, publications and engine updates, twice: the engine follows each of them."""
+    from rollout import Engine, EngineConfig
+    from learner import Learner, LearnerConfig, Sequence
+
+    make_family(family, world, tmp_path / "policy")
+    learner = Learner(tmp_path / "policy", LearnerConfig(
+        learning_rate=1e-2, loss="dapo", max_response_tokens=64))
+    engine = Engine(tmp_path / "policy", EngineConfig(max_model_len=256, kv_cache_gib=0.1))
+    try:
+        tokens = [int(t) for t in np.random.default_rng(0).integers(3, 700, 60)]
+        scores = [engine.score(tokens)]
+        assert np.abs(scores[0] - learner.score(tokens)).max() < 1e-3
+        for version in (1, 2):
+            learner.step([Sequence(np.array(tokens, np.int32), 20, scores[-1][19:], 1.0)])
+            learner.publish(tmp_path / "published")
+            engine.load(tmp_path / "published", version)
+            scores.append(engine.score(tokens))
+            gap = np.abs(scores[-1] - learner.score(tokens)).max()
+            print(f"{family}: largest difference at version {version} {gap:.1e} nat")
+            assert gap < 1e-3
+            assert np.abs(scores[-1] - scores[-2]).mean() > 0.05  # the step did change the policy
+        completion = engine.generate(tokens[:20], 1, 16)[0][0]
+        own = learner.score(tokens[:20] + completion.token_ids)[19:]
+        assert np.abs(own - completion.logprobs).max() < 1e-3
+    finally:
+        engine.close()
+
+
+# train.py with a learner that forgets the output head whenever it publishes a version but the first.
+SABOTAGE = """
+import sys
+import learner, train
+published = learner.Learner._published
+
+def forgetful(self, tensors):
+    tensors = published(self, tensors)
+    if self.version > 0:
+        tensors.pop("lm_head.weight", None)
+    return tensors
+
+learner.Learner._published = forgetful
+if __name__ == "__main__":
+    train.leave(train.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.long
+def test_weights_that_are_not_taken_over_stop_the_run(world, tmp_path):
+    """The trap of tied embeddings, for real: the engine's old head is found by the probe."""
+    (tmp_path / "sabotage.py").write_text(SABOTAGE)
+    command = [sys.executable, str(tmp_path / "sabotage.py"),
+               *arguments(world, tmp_path / "run", steps=8, eval_drafts=0, learning_rate=1e-2,
+                          max_grad_norm=1.0, warmup_steps=0)[1:]]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))
+        run = Started(command, tmp_path / "log")
+    assert run.process.wait(400) == 2, run.log.read_text()[-3000:]
+    assert "engine and learner disagree after the update to version" in run.log.read_text()
+    run.assert_nothing_stays()
+
+
 @pytest.mark.long
 def test_an_evaluation_that_is_killed_goes_on(world, tmp_path):
     """kill -9 of rollout.py with the real engine: nothing stays, and no finished step is lost."""
