@@ -512,9 +512,9 @@ class WorkerExtension:
     """What vLLM adds to the workers inside its own process, for `collective_rpc`."""
 
     def load_published(self, directory: str) -> None:
-        """vLLM's layerwise reload, between two engine steps. On CPUs vLLM 0.32 packs the experts of
-        a mixture while it sets their kernel up and forgets to when it reloads them, silently: without
-        a kernel it sets one up again."""
+        """vLLM's layerwise reload, between two engine steps. On CPUs vLLM 0.32 packs the experts
+        of a mixture while it sets their kernel up, and when it reloads them it does not: the kernel
+        then reads unpacked weights as packed ones. Without a kernel it sets one up again."""
         from vllm.platforms import current_platform
 
         if current_platform.is_cpu():
@@ -645,7 +645,8 @@ class Engine:
         The directory must hold `lm_head.weight` even when the embeddings are tied: vLLM would
         otherwise keep the old output head, silently (see `Learner.publish`).
         """
-        self._wait(self._while_alive(self.llm.collective_rpc("load_published", args=(str(directory),))))
+        self._wait(self._while_alive(
+            self.llm.collective_rpc("load_published", args=(str(directory),))))
         self.version = version
 
     def close(self) -> None:

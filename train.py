@@ -162,8 +162,8 @@ class Config:
     learner_dtype: str = opt("float32", "dtype of the learner's forward and backward (master "
                                          "weights are float32)", choices=["float32", "bfloat16"])
     activation_checkpointing: bool = opt(False, "recompute activations in the backward pass")
-    cpu_offload: bool = opt(False, "parameters, gradients and optimizer in host memory between uses; "
-                                   "needs two learner ranks or more")
+    cpu_offload: bool = opt(False, "parameters, gradients and optimizer in host memory between "
+                                   "uses; needs two learner ranks or more")
     # --- the engine
     engine_dtype: str = opt("float32", "dtype of the vLLM engine", choices=["float32", "bfloat16"])
     max_model_len: int = opt(1024, "prompt + response, tokens")
@@ -1535,7 +1535,7 @@ def prepare_run_dir(config: Config, resume: bool, splits: tuple[list, list]) -> 
 
 
 def planned_world(preset: str) -> tuple[int, int]:
-    """(ranks, ranks a node): torchrun's when it has started us, else what the preset is made for."""
+    """(ranks, ranks a node): torchrun's if it has started us, else what the preset is made for."""
     if "WORLD_SIZE" in os.environ:
         world = int(os.environ["WORLD_SIZE"])
         return world, int(os.environ.get("LOCAL_WORLD_SIZE", world))
@@ -1601,11 +1601,12 @@ def print_plan(config: Config) -> None:
     # A version is published in the dtype of the model's files.
     version = plan["parameter_count"] * (model.dtype or torch.float32).itemsize
     far = sorted({rank // local for rank in rollout_ranks} - {0}) if world > local else []
-    print(f"weights of a version: {version / 2**30:.2f} GiB, gathered one tensor at a time, written "
-          "by rank 0 as files in\n  its node's shared memory, read there by every engine of the "
-          "node" + (f"; copied once over TCP from rank 0's\n  node into the shared memory of each of "
-                    f"nodes {', '.join(map(str, far))}: {len(far) * version / 2**30:.2f} GiB a step"
-                    if far else ""))
+    print(f"weights of a version: {version / 2**30:.2f} GiB, gathered one tensor at a time, "
+          "written by rank 0 as\n  files in its node's shared memory, read there by every engine of "
+          "the node")
+    if far:
+        print(f"  copied over TCP, once a node, into the shared memory of nodes "
+              f"{', '.join(map(str, far))}: {len(far) * version / 2**30:.2f} GiB a step")
 
 
 # What a plan counts that is not bytes: (divisor, unit).

@@ -402,7 +402,7 @@ def test_a_family_learns_publishes_and_samples(world, tmp_path, family):
         engine.close()
 
 
-# train.py with a learner that forgets the output head whenever it publishes a version but the first.
+# train.py with a learner that forgets the output head in all versions but the first.
 SABOTAGE = """
 import sys
 import learner, train

@@ -444,7 +444,7 @@ def test_ranks_of_another_node_copy_a_version_once_and_drop_the_one_before(tmp_p
     ("small", ["8 ranks, 8 a node: 4 learner ranks, 4 engines of tensor-parallel size 1",
                "8.19 billion", "15.26 GiB, gathered"]),
     ("ace30b", ["32 ranks, 8 a node: 16 learner ranks, 8 engines of tensor-parallel size 2",
-                "30.53 billion", "each of\n  nodes 2, 3: 113.7"]),
+                "30.53 billion", "nodes 2, 3: 113.7"]),
 ])
 def test_a_dry_run_plans_for_the_world_of_its_preset(preset, parts, capsys, monkeypatch, tmp_path):
     """Without torchrun, GPUs, network or data; nothing is written."""
@@ -454,7 +454,8 @@ def test_a_dry_run_plans_for_the_world_of_its_preset(preset, parts, capsys, monk
     out = capsys.readouterr().out
     rows = [line.split() for line in out.splitlines() if line.startswith("  ")]
     sizes = {row[0]: float(row[1]) for row in rows if len(row) > 2 and row[2] == "GiB"}
-    assert {"parameters", "gradients", "optimizer", "activations", "weights", "kv_cache"} <= set(sizes)
+    for name in ("parameters", "gradients", "optimizer", "activations", "weights", "kv_cache"):
+        assert sizes[name] > 0
     assert sizes["optimizer"] == pytest.approx(2 * sizes["gradients"], abs=0.02)
     for part in parts:
         assert part in out
@@ -478,7 +479,7 @@ def test_a_dry_run_refuses_an_engine_without_room_for_one_sequence():
     # 36 layers x 8 key-value heads x 128 numbers x (key, value) x 2 bytes
     assert plan["cache_tokens"] == plan["kv_cache"] // (36 * 8 * 128 * 2 * 2)
     assert plan["total"] <= 0.85 * (79 << 30)
-    with pytest.raises(ValueError, match="needs 19.. GiB .* has 17.0: use a larger tensor_parallel"):
+    with pytest.raises(ValueError, match="needs 19.* has 17.0: use a larger tensor_par"):
         engine_plan(model, config, 8_190_735_360, 20 << 30)
     with pytest.raises(ValueError, match="smaller max_model_len or kv_cache_gib"):
         engine_plan(model, dataclasses.replace(config, kv_cache_gib=90.0), 8_190_735_360, 79 << 30)
