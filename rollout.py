@@ -465,8 +465,65 @@ class EngineConfig:
     seed: int = 0
 
 
+def engine_plan(model, config: EngineConfig, parameter_count: int, memory_bytes: int) -> dict:
+    """What an engine needs on each of its GPUs, before it is started.
+
+    Args:
+        model: the transformers configuration.
+        parameter_count: of the model.
+        memory_bytes: what a GPU has.
+
+    Returns:
+        bytes: `weights`, `logits` (float32, with their log-probabilities, of a batch and of the
+        probe), `kv_cache`, and `total`. Numbers: `cache_tokens` that the cache holds, and
+        `full_sequences`, how many of the longest sequences those are.
+
+    Raises:
+        ValueError: the cache does not hold one sequence of max_model_len.
+    """
+    size = {"float32": 4, "bfloat16": 2}[config.dtype]
+    head_dim = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
+    # A GPU has at least one key-value head, also where there are more GPUs than heads.
+    heads = max(model.num_key_value_heads // config.tensor_parallel_size, 1)
+    token = 2 * model.num_hidden_layers * heads * head_dim * size
+    plan = {"weights": parameter_count * size // config.tensor_parallel_size,
+            "logits": 2 * 4 * model.vocab_size * max(config.max_num_seqs, 256)}
+    free = int(config.gpu_memory_utilization * memory_bytes) - sum(plan.values())
+    plan["kv_cache"] = int(config.kv_cache_gib * 2**30) if config.kv_cache_gib else max(free, 0)
+    plan["total"] = sum(plan.values())
+    plan["cache_tokens"] = plan["kv_cache"] // token
+    plan["full_sequences"] = plan["cache_tokens"] / config.max_model_len
+    if plan["full_sequences"] < 1 or plan["kv_cache"] > free:
+        needed = plan["total"] if plan["kv_cache"] > free else (
+            plan["total"] - plan["kv_cache"] + token * config.max_model_len)
+        raise ValueError(
+            f"a rank of an engine needs {needed / 2**30:.1f} GiB (weights "
+            f"{plan['weights'] / 2**30:.1f}, key-value cache for at least one sequence of "
+            f"{config.max_model_len} tokens {token * config.max_model_len / 2**30:.1f}) and has "
+            f"{config.gpu_memory_utilization * memory_bytes / 2**30:.1f}: use a larger "
+            "tensor_parallel, a smaller max_model_len or kv_cache_gib, or bfloat16")
+    return plan
+
+
 class EngineDead(RuntimeError):
     """vLLM's engine process has died; the message says what to look at."""
+
+
+class WorkerExtension:
+    """What vLLM adds to the workers inside its own process, for `collective_rpc`."""
+
+    def load_published(self, directory: str) -> None:
+        """vLLM's layerwise reload, between two engine steps. On CPUs vLLM 0.32 packs the experts
+        of a mixture while it sets their kernel up, and when it reloads them it does not: the kernel
+        then reads unpacked weights as packed ones. Without a kernel it sets one up again."""
+        from vllm.platforms import current_platform
+
+        if current_platform.is_cpu():
+            for module in self.get_model().modules():
+                method = getattr(module, "quant_method", None)
+                if getattr(method, "moe_kernel", None) is not None:
+                    method.moe_kernel = None
+        self.reload_weights(weights_path=directory)
 
 
 class Engine:
@@ -506,6 +563,7 @@ class Engine:
             logprobs_mode="processed_logprobs",
             seed=config.seed,
             disable_log_stats=True,
+            worker_extension_cls="rollout.WorkerExtension",
         )
         self.version = version
         self.max_model_len = config.max_model_len
@@ -588,8 +646,8 @@ class Engine:
         The directory must hold `lm_head.weight` even when the embeddings are tied: vLLM would
         otherwise keep the old output head, silently (see `Learner.publish`).
         """
-        self._wait(self._while_alive(self.llm.collective_rpc(
-            "reload_weights", kwargs={"weights_path": str(directory)})))
+        self._wait(self._while_alive(
+            self.llm.collective_rpc("load_published", args=(str(directory),))))
         self.version = version
 
     def close(self) -> None:

@@ -21,7 +21,8 @@ What is whose:
 [ours]  1. The staleness rule (after AReaL), see `Curriculum`.
         2. Only queues cross processes, and one process owns buffer and sampler: no locks, no
            shared state. The queues are plain `queue.Queue`s that a `multiprocessing.managers`
-           server on rank 0 offers over TCP under a random key.
+           server on rank 0 offers over TCP under a random key. Weights are files in shared memory;
+           other nodes than rank 0's copy them into theirs through the same server.
         3. Every publication of weights ends in a self-check: the engine scores a fixed probe and
            the learner compares with its own log-probabilities.
         4. Whatever ends a run (the last step, Ctrl-C, a crash, kill -9 of any process), a guard
@@ -31,6 +32,7 @@ What is whose:
 import argparse
 import bisect
 import dataclasses
+import fcntl
 import importlib.util
 import json
 import math
@@ -164,6 +166,8 @@ class Config:
     learner_dtype: str = opt("float32", "dtype of the learner's forward and backward (master "
                                          "weights are float32)", choices=["float32", "bfloat16"])
     activation_checkpointing: bool = opt(False, "recompute activations in the backward pass")
+    cpu_offload: bool = opt(False, "parameters, gradients and optimizer in host memory between "
+                                   "uses; needs two learner ranks or more")
     # --- the engine
     engine_dtype: str = opt("float32", "dtype of the vLLM engine", choices=["float32", "bfloat16"])
     max_model_len: int = opt(1024, "prompt + response, tokens")
@@ -193,7 +197,7 @@ PRESETS = {
         model="Qwen/Qwen3-8B", competitions="examples/mlebench_medium.txt", heldout="lite",
         steps=400, groups=16, responses=8, eval_drafts=0, rollout_threads=16, sandbox_slots=16,
         learning_rate=1e-6, warmup_steps=10, decay=False, max_grad_norm=1.0, entropy_coef=0.0,
-        token_budget=32768,
+        token_budget=32768, learner_dtype="bfloat16",
         activation_checkpointing=True, engine_dtype="bfloat16", max_model_len=24576,
         max_response_tokens=8192, max_num_seqs=128, kv_cache_gib=0.0, logprob_gap_limit=0.1,
         description_chars=12000, preview_chars=6000, output_chars=4000, timeout=3600.0,
@@ -204,11 +208,27 @@ PRESETS = {
         heldout="lite", steps=400, groups=16, responses=8, eval_drafts=0,
         learner_ranks=16, tensor_parallel=2, rollout_threads=16, sandbox_slots=16,
         learning_rate=1e-6, warmup_steps=10, decay=False, max_grad_norm=1.0, entropy_coef=0.0,
-        token_budget=32768,
+        token_budget=32768, learner_dtype="bfloat16",
         activation_checkpointing=True, engine_dtype="bfloat16", max_model_len=24576,
         max_response_tokens=8192, max_num_seqs=128, kv_cache_gib=0.0, logprob_gap_limit=0.1,
         description_chars=12000, preview_chars=6000, output_chars=4000, timeout=3600.0,
         cpu_seconds=14400.0, memory_mb=32768),
+}
+
+# For --dry-run, where the presets are planned for: (nodes, ranks a node), and the bytes of a GPU,
+# an H100 of "80 GB" as CUDA reports it. The shapes of their models, so that it needs no network.
+WORLDS = {"tiny": (1, 1), "small": (1, 8), "ace30b": (4, 8)}
+GPU_BYTES = 79 << 30
+SHAPES = {
+    "Qwen/Qwen3-8B": dict(
+        model_type="qwen3", vocab_size=151936, hidden_size=4096, intermediate_size=12288,
+        num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
+        tie_word_embeddings=False, dtype="bfloat16"),
+    "Qwen/Qwen3-30B-A3B": dict(
+        model_type="qwen3_moe", vocab_size=151936, hidden_size=2048, intermediate_size=6144,
+        num_hidden_layers=48, num_attention_heads=32, num_key_value_heads=4, head_dim=128,
+        num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768, decoder_sparse_step=1,
+        norm_topk_prob=True, tie_word_embeddings=False, dtype="bfloat16"),
 }
 
 
@@ -302,6 +322,8 @@ def validate(config: Config, world_size: int) -> None:
     if rollout_ranks % config.tensor_parallel:
         raise UserError(f"--tensor-parallel {config.tensor_parallel} does not divide the "
                         f"{rollout_ranks} rollout ranks")
+    if config.cpu_offload and config.learner_ranks < 2:
+        raise UserError("--cpu-offload is FSDP's: it needs at least two --learner-ranks")
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise UserError("--tensorboard: the package is not installed; pip install tensorboard")
     if not config.run_dir:
@@ -725,6 +747,7 @@ class QueueServer:
     """
 
     def __init__(self, host: str = "127.0.0.1"):
+        """`host`: where to listen; "" for every interface."""
         self.queues: dict[str, queue.Queue] = defaultdict(queue.Queue)
         self.key = secrets.token_bytes(32)
 
@@ -767,6 +790,57 @@ def connect_queues(address: tuple[str, int], key: bytes):
     manager = Manager(address=address, authkey=key)
     manager.connect()
     return manager.queue
+
+
+class PublishedFiles:
+    """Rank 0's folder of published weights, for ranks on other nodes; offered beside the queues,
+    under the name "published"."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def sizes(self, version: str) -> dict[str, int]:
+        """File names of a version, and their bytes."""
+        return {path.name: path.stat().st_size for path in (self.folder / version).iterdir()}
+
+    def read(self, version: str, name: str, offset: int, size: int) -> bytes:
+        with open(self.folder / version / name, "rb") as file:
+            file.seek(offset)
+            return file.read(size)
+
+
+CHUNK = 64 << 20  # bytes of a file that travel in one message
+
+
+def fetch_weights(directory: Path, connect) -> None:
+    """Have the published `directory` on this node as well, under the same path.
+
+    On rank 0's node it is there. On another one the first rank that comes copies it, for all ranks
+    of the node, in the place of the version before, which every engine has taken over by now;
+    the guard of the rank that made the folder removes it.
+    """
+    if directory.exists():
+        return
+    folder = directory.parent
+    try:
+        folder.mkdir(mode=0o700)
+        start_guard([folder])
+    except FileExistsError:
+        pass  # by another rank of this node
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if directory.exists():
+            return
+        for old in folder.glob("v*"):
+            shutil.rmtree(old)
+        staging = folder / "incoming"
+        staging.mkdir()
+        published = connect("published")
+        for name, size in published.sizes(directory.name).items():
+            with open(staging / name, "wb") as file:
+                for offset in range(0, size, CHUNK):
+                    file.write(published.read(directory.name, name, offset, CHUNK))
+        staging.rename(directory)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -877,11 +951,7 @@ def rollout_main(config: Config, rank: int, address, key: bytes) -> None:
     competitions = sum(load_splits(config), [])
     tokenizer = AutoTokenizer.from_pretrained(config.model)
     budget = PromptBudget(config.description_chars, config.preview_chars, config.output_chars)
-    engine = Engine(config.model, EngineConfig(
-        max_model_len=config.max_model_len, max_num_seqs=config.max_num_seqs,
-        dtype=config.engine_dtype, kv_cache_gib=config.kv_cache_gib or None,
-        tensor_parallel_size=config.tensor_parallel, threads=config.engine_threads,
-        seed=config.seed + rank), scratch=scratch)
+    engine = Engine(config.model, engine_config(config, rank), scratch=scratch)
     sandbox = Sandbox(slots=config.sandbox_slots, timeout=config.timeout,
                       cpu_seconds=config.cpu_seconds, memory_mb=config.memory_mb,
                       disk_mb=config.disk_mb, file_mb=config.disk_mb,
@@ -925,6 +995,7 @@ def serve_rollouts(config: Config, rank: int, connect, engine, sandbox, prompter
         try:
             while (message := weights.get()) is not None:
                 directory, version, probe = message
+                fetch_weights(Path(directory), connect)
                 engine.load(directory, version)
                 acks.put(engine.score(probe))
             ended.put(None)
@@ -946,6 +1017,15 @@ def answer_watchdog(rank: int, questions, doing: dict) -> None:
         pass  # rank 0 is gone: others notice that too
 
 
+def engine_config(config: Config, rank: int = 0) -> EngineConfig:
+    """The part of Config that the engine of a rollout rank understands."""
+    return EngineConfig(
+        max_model_len=config.max_model_len, max_num_seqs=config.max_num_seqs,
+        dtype=config.engine_dtype, kv_cache_gib=config.kv_cache_gib or None,
+        tensor_parallel_size=config.tensor_parallel, threads=config.engine_threads,
+        seed=config.seed + rank)
+
+
 def learner_config(config: Config):
     """The part of Config that learner.py understands."""
     from learner import LearnerConfig
@@ -957,7 +1037,8 @@ def learner_config(config: Config):
         tis_cap=config.tis_cap or None, kl_coef=config.kl_coef, kl_kind=config.kl_kind,
         entropy_coef=config.entropy_coef, temperature=config.temperature,
         token_budget=config.token_budget, max_response_tokens=config.max_response_tokens,
-        dtype=config.learner_dtype, activation_checkpointing=config.activation_checkpointing)
+        dtype=config.learner_dtype, activation_checkpointing=config.activation_checkpointing,
+        cpu_offload=config.cpu_offload)
 
 
 def learner_follow(learner, orders) -> None:
@@ -1138,10 +1219,10 @@ class Run:
         version = self.learner.version
         directory = self.scratch / f"v{version}"
         self.everyone("publish", directory)
-        # An engine scores a prompt at temperature 1, whatever it samples at.
-        own = self.everyone("score", self.probe, 1.0)  # (T - 1,)
         for rank in self.rollout_ranks:
             self.queues(f"weights/{rank}").put((str(directory), version, self.probe))
+        # An engine scores a prompt at temperature 1, whatever it samples at.
+        own = self.everyone("score", self.probe, 1.0)  # (T - 1,)
         self.begin("waits for the engines to take over the weights")
         gaps = []
         for _ in self.rollout_ranks:
@@ -1374,14 +1455,18 @@ def train(config: Config, resume: bool) -> None:
         store.wait([f"here_{r}" for r in range(world)])
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timeout)
     if rank == 0:
-        # Other nodes reach rank 0 where torchrun's own rendezvous reaches it.
-        queues = QueueServer("127.0.0.1" if one_node else os.environ["MASTER_ADDR"])
-        contact = [(queues.address, queues.key)]
+        # Other nodes reach rank 0 where torchrun's own rendezvous reaches it. That name may mean
+        # the loopback interface on rank 0's node itself, so it is no place to listen at.
+        queues = QueueServer("127.0.0.1" if one_node else "")
+        host = "127.0.0.1" if one_node else os.environ["MASTER_ADDR"]
+        contact = [((host, queues.address[1]), queues.key)]
     else:
         contact = [None]
     if world > 1:
         dist.broadcast_object_list(contact, src=0)
         backend = "nccl" if torch.cuda.is_available() else "gloo"
+        if backend == "nccl" and config.cpu_offload:  # gradients are clipped on the CPU
+            backend = "cpu:gloo,cuda:nccl"
         group = dist.new_group(list(range(config.learner_ranks)), backend=backend,
                                timeout=timeout)
     hide_torchrun()
@@ -1414,6 +1499,7 @@ def train(config: Config, resume: bool) -> None:
 
     scratch = scratch_folder("weights")
     start_guard([scratch])
+    queues.queues["published"] = PublishedFiles(scratch)
     child = None
     if world == 1:
         rollout_ranks = [1]
@@ -1462,28 +1548,84 @@ def prepare_run_dir(config: Config, resume: bool, splits: tuple[list, list]) -> 
     (run_dir / "splits.json").write_text(json.dumps(ids, indent=1) + "\n")
 
 
-def print_plan(config: Config, splits: tuple[list, list]) -> None:
-    """What a run would do and need, for --dry-run; nothing is started."""
+def planned_world(preset: str) -> tuple[int, int]:
+    """(ranks, ranks a node): torchrun's if it has started us, else what the preset is made for."""
+    if "WORLD_SIZE" in os.environ:
+        world = int(os.environ["WORLD_SIZE"])
+        return world, int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    nodes, local = WORLDS[preset]
+    return nodes * local, local
+
+
+def print_plan(config: Config) -> None:
+    """What a run would do and need, for --dry-run; nothing is started. The model is built on the
+    meta device.
+
+    Raises:
+        UserError: it does not fit.
+    """
     import torch
+    from transformers import AutoConfig
 
     from learner import memory_plan
+    from rollout import engine_plan
 
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    engines = max(world - config.learner_ranks, 1) // config.tensor_parallel
-    memory = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
-    plan = memory_plan(config.model, learner_config(config), config.learner_ranks)
-    print(f"preset {config.preset}: {len(splits[0])} training and {len(splits[1])} held-out "
-          f"competitions, {config.steps} steps of {config.groups} groups x {config.responses} "
-          f"responses\n{config.learner_ranks} learner ranks, {engines} engines, each "
-          f"{config.rollout_threads} groups in flight and {config.sandbox_slots} sandboxes\n"
-          f"run directory {config.run_dir}\nmemory of a learner rank:")
-    for name, value in plan.items():
-        print(f"  {name:16} {value / 1e6:12.1f} M" if name == "parameter_count" else
-              f"  {name:16} {value / 2**30:12.2f} GiB")
-    if memory and plan["total"] > memory:
-        raise UserError(f"--dry-run: a learner rank needs {plan['total'] / 2**30:.1f} GiB and has "
-                        f"{memory / 2**30:.1f}: use more --learner-ranks, a smaller --token-budget "
-                        "or --activation-checkpointing")
+    world, local = planned_world(config.preset)
+    if torch.cuda.is_available():
+        memory, where = torch.cuda.get_device_properties(0).total_memory, "this GPU"
+    elif config.preset == "tiny":
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        where = "this machine"
+    else:
+        memory, where = GPU_BYTES, "an 80-GB GPU; there is none here"
+    shape = SHAPES.get(config.model)
+    try:
+        model = AutoConfig.for_model(**shape) if shape else AutoConfig.from_pretrained(config.model)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model {config.model}: {' '.join(str(error).split())[:200]}")
+    rollout_ranks = range(config.learner_ranks, max(world, 2))
+    engines = len(rollout_ranks) // config.tensor_parallel
+    print(f"preset {config.preset}: {config.steps} steps of {config.groups} groups x "
+          f"{config.responses} responses, run directory {config.run_dir}\n"
+          f"{world} ranks, {local} a node: {config.learner_ranks} learner ranks, {engines} engines "
+          f"of tensor-parallel size {config.tensor_parallel}, each {config.rollout_threads} groups "
+          f"in flight and {config.sandbox_slots} sandboxes\n"
+          f"memory of a rank: {memory / 2**30:.1f} GiB ({where})")
+    for name, kind in (("competitions", config.competitions), ("heldout", config.heldout)):
+        try:
+            found = len(load_competitions(kind, config.data_dir or None)) if kind else 0
+            print(f"--{name} {kind}: {found}")
+        except CompetitionError as error:
+            print(f"--{name} {kind}: not ready: {error}")
+
+    def show(title: str, plan: dict) -> None:
+        print(title)
+        for name, value in plan.items():
+            divisor, unit = COUNTS.get(name, (2**30, "GiB"))
+            print(f"  {name:16} {value / divisor:10.2f} {unit}")
+
+    try:
+        plan = memory_plan(model, learner_config(config), config.learner_ranks,
+                           config.max_model_len - config.max_response_tokens, memory)
+        show("a learner rank:", plan)
+        engine = engine_plan(model, engine_config(config), plan["parameter_count"], memory)
+        show("a rank of an engine:", engine)
+    except ValueError as error:
+        raise UserError(f"--dry-run: {error}")
+    # A version is published in the dtype of the model's files.
+    version = plan["parameter_count"] * (model.dtype or torch.float32).itemsize
+    far = sorted({rank // local for rank in rollout_ranks} - {0}) if world > local else []
+    print(f"weights of a version: {version / 2**30:.2f} GiB, gathered one tensor at a time, "
+          "written by rank 0 as\n  files in its node's shared memory, read there by every engine of "
+          "the node")
+    if far:
+        print(f"  copied over TCP, once a node, into the shared memory of nodes "
+              f"{', '.join(map(str, far))}: {len(far) * version / 2**30:.2f} GiB a step")
+
+
+# What a plan counts that is not bytes: (divisor, unit).
+COUNTS = {"parameter_count": (1e9, "billion"), "cache_tokens": (1000, "thousand"),
+          "full_sequences": (1, "of --max-model-len tokens")}
 
 
 def how_to_go_on(config: Config | None) -> str:
@@ -1503,13 +1645,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         interrupt_on_signals()
         config, arguments = parse_config(argv)
-        validate(config, int(os.environ.get("WORLD_SIZE", 1)))
+        world = int(os.environ.get("WORLD_SIZE", 1))
+        validate(config, planned_world(config.preset)[0] if arguments.dry_run else world)
         check_model(config.model)
-        splits = load_splits(config)
         if arguments.dry_run:
             if rank == 0:
-                print_plan(config, splits)
+                print_plan(config)
             return 0
+        splits = load_splits(config)
         resume = bool(arguments.resume) or restarted_by_torchrun(config)
         if rank == 0:
             prepare_run_dir(config, resume, splits)

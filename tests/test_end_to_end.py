@@ -261,6 +261,63 @@ def test_eight_ranks(world, tmp_path):
     run.assert_nothing_stays()
 
 
+# A node of its own: shared memory, a network with one wire to the other node, and (the second) an
+# empty folder where the first has the run and the tests' files. Says what it leaves behind.
+NODE = """
+set -e
+mount -t tmpfs tmpfs /dev/shm
+if [ $NUMBER = 1 ]; then
+    cp -r $WORLD /dev/shm/copy
+    mount -t tmpfs tmpfs $BASE
+    mkdir -p $WORLD $HOME_OF_RUN $TMPDIR
+    mv /dev/shm/copy/* $WORLD
+    rmdir /dev/shm/copy
+fi
+cd $HOME_OF_RUN
+until ip link show wire >$HOME_OF_RUN/wire 2>&1; do sleep 0.1; done
+ip address add 10.77.0.$((NUMBER + 1))/24 dev wire
+ip link set lo up
+ip link set wire up
+export GLOO_SOCKET_IFNAME=wire
+status=0
+"$@" --node-rank=$NUMBER $ARGUMENTS || status=$?
+for i in $(seq 100); do [ -z "$(ls -A /dev/shm)" ] || sleep 0.1; done
+ls -A /dev/shm | sed "s/^/left behind: /"
+exit $status
+"""
+
+
+@pytest.mark.long
+def test_two_nodes_without_a_shared_directory(world, tmp_path, monkeypatch):
+    """Two torchrun agents in mount and network namespaces of their own; rank 0 learns, an engine
+    beside it and two on the other node roll out."""
+    if subprocess.run(["unshare", "-n", "-m", "true"], capture_output=True).returncode:
+        pytest.skip("namespaces cannot be made here (it takes root)")
+    run_dir = tmp_path / "run"
+    monkeypatch.setenv("WORLD", str(world))
+    monkeypatch.setenv("BASE", str(world.parent))
+    monkeypatch.setenv("HOME_OF_RUN", str(tmp_path))
+    monkeypatch.setenv("ARGUMENTS", " ".join(
+        arguments(world, run_dir, learner_ranks=1, kv_cache_gib=0.1)))
+    agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=2",
+             "--master-addr=10.77.0.1", "--master-port=29400", "--log-dir=torchrun"]
+    nodes = []
+    for number in ("0", "1"):
+        monkeypatch.setenv("NUMBER", number)
+        nodes.append(Started(["unshare", "-n", "-m", "sh", "-c", NODE, "sh", *agent],
+                             tmp_path / f"log{number}"))
+    first, second = (str(node.process.pid) for node in nodes)
+    wait_until(lambda: len({os.readlink(f"/proc/{pid}/ns/net")
+                            for pid in ("self", first, second)}) == 3, 10, "two networks")
+    subprocess.run(["ip", "link", "add", "wire", "netns", first, "type", "veth",
+                    "peer", "name", "wire", "netns", second], check=True)
+    for node in nodes:
+        assert "left behind" not in node.finish(600)
+    check_run(run_dir, 3)
+    for node in nodes:
+        node.assert_nothing_stays()
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_engine_and_learner_agree_after_an_update(world, tmp_path, tied):
     """The trap: with tied embeddings an update without lm_head.weight leaves the old head."""
@@ -294,6 +351,88 @@ def test_engine_and_learner_agree_after_an_update(world, tmp_path, tied):
                 assert np.abs(own - completion.logprobs).max() < 1e-3
     finally:
         engine.close()
+
+
+def make_family(name: str, world: Path, directory: Path) -> None:
+    """A random-init model of a family, with the tokenizer of the world's policy."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    own = {"llama": {}, "gemma3_text": dict(
+               sliding_window=8, layer_types=["sliding_attention", "full_attention"]),
+           # Experts of 48: vLLM's CPU kernel pads them to 64.
+           "qwen3_moe": dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48,
+                             decoder_sparse_step=1, norm_topk_prob=True)}[name]
+    shutil.copytree(world / "policy", directory, ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(
+        name, vocab_size=768, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=32, initializer_range=0.2,
+        max_position_embeddings=256, **own)).save_pretrained(directory)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3_moe"])
+def test_a_family_learns_publishes_and_samples(world, tmp_path, family):
+    """Learner steps, publications and engine updates, twice: the engine follows each of them."""
+    from rollout import Engine, EngineConfig
+    from learner import Learner, LearnerConfig, Sequence
+
+    make_family(family, world, tmp_path / "policy")
+    learner = Learner(tmp_path / "policy", LearnerConfig(
+        learning_rate=1e-2, loss="dapo", max_response_tokens=64))
+    engine = Engine(tmp_path / "policy", EngineConfig(max_model_len=256, kv_cache_gib=0.1))
+    try:
+        tokens = [int(t) for t in np.random.default_rng(0).integers(3, 700, 60)]
+        scores = [engine.score(tokens)]
+        assert np.abs(scores[0] - learner.score(tokens)).max() < 1e-3
+        for version in (1, 2):
+            learner.step([Sequence(np.array(tokens, np.int32), 20, scores[-1][19:], 1.0)])
+            learner.publish(tmp_path / "published")
+            engine.load(tmp_path / "published", version)
+            scores.append(engine.score(tokens))
+            gap = np.abs(scores[-1] - learner.score(tokens)).max()
+            print(f"{family}: largest difference at version {version} {gap:.1e} nat")
+            assert gap < 1e-3
+            assert np.abs(scores[-1] - scores[-2]).mean() > 0.05  # the step did change the policy
+        completion = engine.generate(tokens[:20], 1, 16)[0][0]
+        own = learner.score(tokens[:20] + completion.token_ids)[19:]
+        assert np.abs(own - completion.logprobs).max() < 1e-3
+    finally:
+        engine.close()
+
+
+# train.py with a learner that forgets the output head in all versions but the first.
+SABOTAGE = """
+import sys
+import learner, train
+published = learner.Learner._published
+
+def forgetful(self, tensors):
+    tensors = published(self, tensors)
+    if self.version > 0:
+        tensors.pop("lm_head.weight", None)
+    return tensors
+
+learner.Learner._published = forgetful
+if __name__ == "__main__":
+    train.leave(train.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.long
+def test_weights_that_are_not_taken_over_stop_the_run(world, tmp_path):
+    """The trap of tied embeddings, for real: the engine's old head is found by the probe."""
+    (tmp_path / "sabotage.py").write_text(SABOTAGE)
+    command = [sys.executable, str(tmp_path / "sabotage.py"),
+               *arguments(world, tmp_path / "run", steps=8, eval_drafts=0, learning_rate=1e-2,
+                          max_grad_norm=1.0, warmup_steps=0)[1:]]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))
+        run = Started(command, tmp_path / "log")
+    assert run.process.wait(400) == 2, run.log.read_text()[-3000:]
+    assert "engine and learner disagree after the update to version" in run.log.read_text()
+    run.assert_nothing_stays()
 
 
 @pytest.mark.long

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import queue
 import threading
 from collections import defaultdict
@@ -412,3 +413,85 @@ def test_queues_reach_other_processes_and_need_the_key():
 
     with pytest.raises(AuthenticationError):
         train.connect_queues(server.address, b"another key")
+
+
+def test_ranks_of_another_node_copy_a_version_once_and_drop_the_one_before(tmp_path, monkeypatch):
+    class Counting(train.PublishedFiles):
+        reads = 0
+
+        def read(self, *arguments):
+            Counting.reads += 1
+            return super().read(*arguments)
+
+    guarded = []
+    monkeypatch.setattr(train, "CHUNK", 1000)
+    monkeypatch.setattr(train, "start_guard", guarded.append)
+    here, there = tmp_path / "here" / "weights-1", tmp_path / "there" / "weights-1"
+    there.parent.mkdir()
+    server = train.QueueServer()
+    server.queues["published"] = Counting(here)
+    connect = train.connect_queues(server.address, server.key)
+    files = {"model.safetensors": os.urandom(3500), "config.json": b"{}", "empty": b""}
+    for version in ("v1", "v2"):
+        (here / version).mkdir(parents=True)
+        for name, content in files.items():
+            (here / version / name).write_bytes(content)
+        train.fetch_weights(here / version, connect)  # on rank 0's own node: nothing to do
+        ranks = [threading.Thread(target=train.fetch_weights, args=(there / version, connect))
+                 for _ in range(4)]
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join(30)
+        assert {p.name: p.read_bytes() for p in (there / version).iterdir()} == files
+    assert Counting.reads == 2 * (4 + 1)  # chunks of the two files that are not empty
+    assert sorted(p.name for p in there.iterdir()) == ["lock", "v2"] and guarded == [[there]]
+    assert there.stat().st_mode & 0o077 == 0
+
+
+# -- --dry-run
+
+
+@pytest.mark.parametrize("preset, parts", [
+    ("small", ["8 ranks, 8 a node: 4 learner ranks, 4 engines of tensor-parallel size 1",
+               "8.19 billion", "15.26 GiB, gathered"]),
+    ("ace30b", ["32 ranks, 8 a node: 16 learner ranks, 8 engines of tensor-parallel size 2",
+                "30.53 billion", "nodes 2, 3: 113.7"]),
+])
+def test_a_dry_run_plans_for_the_world_of_its_preset(preset, parts, capsys, monkeypatch, tmp_path):
+    """Without torchrun, GPUs, network or data; nothing is written."""
+    monkeypatch.chdir(train.Path(train.__file__).parent)
+    run_dir = tmp_path / "run"
+    assert train.main(["--preset", preset, "--run-dir", str(run_dir), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    rows = [line.split() for line in out.splitlines() if line.startswith("  ")]
+    sizes = {row[0]: float(row[1]) for row in rows if len(row) > 2 and row[2] == "GiB"}
+    for name in ("parameters", "gradients", "optimizer", "activations", "weights", "kv_cache"):
+        assert sizes[name] > 0
+    assert sizes["optimizer"] == pytest.approx(2 * sizes["gradients"], abs=0.02)
+    for part in parts:
+        assert part in out
+    assert not run_dir.exists()
+    if preset == "ace30b":  # half of the learner ranks: twice the states, which do not fit
+        assert train.main(["--preset", preset, "--learner-ranks", "6", "--dry-run",
+                           "--tensor-parallel", "1"]) == 2
+        error = capsys.readouterr().err.strip()
+        assert "a learner rank needs" in error and "more learner ranks" in error
+        assert len(error.splitlines()) == 1
+
+
+def test_a_dry_run_refuses_an_engine_without_room_for_one_sequence():
+    from transformers import AutoConfig
+
+    from rollout import EngineConfig, engine_plan
+
+    model = AutoConfig.for_model(**train.SHAPES["Qwen/Qwen3-8B"])
+    config = EngineConfig(max_model_len=24576, dtype="bfloat16", kv_cache_gib=None)
+    plan = engine_plan(model, config, 8_190_735_360, 79 << 30)
+    # 36 layers x 8 key-value heads x 128 numbers x (key, value) x 2 bytes
+    assert plan["cache_tokens"] == plan["kv_cache"] // (36 * 8 * 128 * 2 * 2)
+    assert plan["total"] <= 0.85 * (79 << 30)
+    with pytest.raises(ValueError, match="needs 19.* has 17.0: use a larger tensor_par"):
+        engine_plan(model, config, 8_190_735_360, 20 << 30)
+    with pytest.raises(ValueError, match="smaller max_model_len or kv_cache_gib"):
+        engine_plan(model, dataclasses.replace(config, kv_cache_gib=90.0), 8_190_735_360, 79 << 30)
