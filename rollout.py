@@ -1240,7 +1240,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
         description="Evaluate a policy as an agent: greedy tree search on every competition.",
         epilog="The same command again goes on with an evaluation that was interrupted.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("--config", help="YAML file of these flags; those given here win over it")
     add("--model", required=True, help="Hugging Face model directory")
