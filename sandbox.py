@@ -1887,8 +1887,12 @@ def main(arguments: list[str] | None = None) -> int:
     except (CompetitionError, OSError, ValueError) as error:
         print(f"sandbox.py: error: {_one_line(error)}", file=sys.stderr)
         return 2
-    with sandbox:
-        execution = sandbox.run(competition, code)
+    try:
+        with sandbox:
+            execution = sandbox.run(competition, code)
+    except CompetitionError as error:  # its answers cannot be read
+        print(f"sandbox.py: error: {error}", file=sys.stderr)
+        return 2
     if execution.isolation.startswith("unsafe") and execution.status != "refused":
         print(f"sandbox.py: WARNING: isolation: {execution.isolation}", file=sys.stderr)
     facts = dataclasses.asdict(execution) | {"reward": base_reward(execution, options.reward)}
