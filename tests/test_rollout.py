@@ -682,7 +682,7 @@ def test_competitions_of_the_training_run_are_refused(tmp_path, competition):
     (["--config", "/nowhere.yaml"], "--config /nowhere.yaml"),
     ([], "--model m: no config.json there"),
     (["--steps", "x"], "--steps: invalid int"),
-    (["--step", "x", "--nonsense"], "--nonsense"),
+    (["--nonsense"], "unrecognized arguments: --nonsense"),
     (["--hours", "-1"], "--hours must be greater than 0, not -1.0"),
     (["--timeout", "nan"], "--timeout must be greater than 0, not nan"),
     (["--debug-probability", "7"], "--debug-probability must be in [0, 1]"),
