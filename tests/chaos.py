@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from buffer import EvolvingBuffer  # noqa: E402
+from train import Config  # noqa: E402
 
 
 def rows(path: Path) -> list[dict]:
@@ -129,6 +130,8 @@ def main() -> int:
     log.unlink(missing_ok=True)
     kills, finished, begun = [], b"", time.monotonic()
     command = [sys.executable, str(ROOT / "train.py"), "--preset", "tiny", "--checkpoint-every", "2",
+               "--model", str(ROOT / Config.model), "--heldout", str(ROOT / Config.heldout),
+               "--competitions", str(ROOT / Config.competitions),
                "--run-dir", str(run_dir), *flags]
 
     def written() -> float:
