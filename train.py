@@ -151,7 +151,7 @@ class Config:
     sampler: str = opt("lp", "task score: Learnability Potential or an alternative",
                        choices=["lp", "variance", "regret", "uniform"])
     buffer: bool = opt(True, "evolving buffer; --no-buffer trains on drafts only")
-    crossover: bool = opt(False, "a fourth operator: combine two valid scripts (not in the paper)")
+    crossover: bool = opt(False, "a fourth operator: combine two valid scripts [ours]")
     capacity: int = opt(4096, "tasks that the buffer holds")
     max_depth: int = opt(4, "longest chain of improve and debug steps")
     children: int = opt(3, "new tasks admitted per group")
@@ -202,7 +202,7 @@ SMALL = dict(
 PRESETS = {
     "tiny": {},  # the defaults above: a 2M-parameter policy on two CPU cores
     "small": SMALL,
-    # The paper's scale: 4 nodes of 8 x 80 GB.
+    # The paper's model and number of steps; 4 nodes of 8 x 80 GB are our choice.
     "ace30b": SMALL | dict(model="Qwen/Qwen3-30B-A3B", learner_ranks=16, tensor_parallel=2),
 }
 
