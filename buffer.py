@@ -20,9 +20,9 @@ What is the paper's and what is ours:
  6. [ours]  State = append-only log + snapshot. A decision (admitted, evicted) is made once, written
             to the log, and only then applied, so replaying the log gives the same state without
             asking for scores again.
- 7. [ours]  `crossover` tasks, off by default and not in the paper: the best valid trace of a group
-            and the best valid script that the buffer holds of the same competition, to be made one
-            better script. At most one a group, among its k.
+ 7. [ours]  `crossover` tasks, off by default, in nothing that we know of the paper: the best valid
+            trace of a group and the best valid script that the buffer holds of the same
+            competition, to be made one better script. At most one a group, among its k.
 
 Durability: every group is one line, handed to the operating system before the buffer changes, so
 a killed process loses nothing. fsync runs in `state_dict()`: a power failure can lose groups that

@@ -1,12 +1,12 @@
 """The learner: from sampled sequences to one optimizer step, and to weights that an engine loads.
 
-This is AceGRPO's training side [paper, arXiv 2602.07906: an asynchronous learner that consumes
-groups of traces]. It takes arrays and knows no task, group or queue. One call of `Learner.step`
-is one GRPO step: pack the sequences, compute token log-probabilities, the loss of `grpo.py`, its
-gradient, one AdamW update. It runs in one process, or on the ranks of a process group, where
-FSDP2 shards parameters, gradients and optimizer state.
+This is AceGRPO's training side [paper, arXiv 2602.07906: GRPO, asynchronously to the rollouts]. It
+takes arrays and knows no task, group or queue. One call of `Learner.step` is one GRPO step: pack
+the sequences, compute token log-probabilities, the loss of `grpo.py`, its gradient, one AdamW
+update. It runs in one process, or on the ranks of a process group, where FSDP2 shards parameters,
+gradients and optimizer state.
 
-What is ours [ours, all of it: the paper names no trainer]:
+What is ours [ours, all of it: the paper's abstract and summaries name no trainer]:
 1. Packing without padding. Sequences stand one after another in one row; attention runs within
    each (block-causal), position ids restart, so that a packed sequence computes what it would
    compute alone.

@@ -1,8 +1,8 @@
 """The judge: run a policy's script in isolation, grade what it submits, make a reward of the grade.
 
 Where in the paper: AceGRPO (arXiv 2602.07906) trains on the results of executed scripts and names
-execution latency as what stalls RL for ML engineering. Its sandbox is not described, so nearly
-everything here is our choice:
+execution latency as what stalls RL for ML engineering. Its abstract and summaries, all that we had,
+do not describe the sandbox, so nearly everything here is our choice:
 
 1. [paper] A step's feedback is the execution of one script and its MLE-bench grade.
 2. [ours]  Reward: 0 for nothing usable, 0.05 for a refused submission, 0.1 + 0.9 * human rank for

@@ -53,6 +53,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from multiprocessing.managers import BaseManager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -150,7 +151,7 @@ class Config:
     sampler: str = opt("lp", "task score: Learnability Potential or an alternative",
                        choices=["lp", "variance", "regret", "uniform"])
     buffer: bool = opt(True, "evolving buffer; --no-buffer trains on drafts only")
-    crossover: bool = opt(False, "a fourth operator: combine two valid scripts (not in the paper)")
+    crossover: bool = opt(False, "a fourth operator: combine two valid scripts [ours]")
     capacity: int = opt(4096, "tasks that the buffer holds")
     max_depth: int = opt(4, "longest chain of improve and debug steps")
     children: int = opt(3, "new tasks admitted per group")
@@ -189,30 +190,20 @@ class Config:
     unsafe: bool = opt(False, "run scripts without isolation where the system offers none")
 
 
+# One node of 8 x 80 GB: 4 ranks learn with FSDP, 4 engines roll out.
+SMALL = dict(
+    model="Qwen/Qwen3-8B", competitions="examples/mlebench_medium.txt", heldout="lite",
+    steps=400, groups=16, responses=8, eval_drafts=0, rollout_threads=16, sandbox_slots=16,
+    learning_rate=1e-6, warmup_steps=10, decay=False, max_grad_norm=1.0, entropy_coef=0.0,
+    token_budget=32768, learner_dtype="bfloat16", activation_checkpointing=True,
+    engine_dtype="bfloat16", max_model_len=24576, max_response_tokens=8192, max_num_seqs=128,
+    kv_cache_gib=0.0, logprob_gap_limit=0.1, description_chars=12000, preview_chars=6000,
+    output_chars=4000, timeout=3600.0, cpu_seconds=14400.0, memory_mb=32768)
 PRESETS = {
-    # `tiny` is the defaults above: a 2M-parameter policy on two CPU cores.
-    "tiny": {},
-    # One node of 8 x 80 GB: 4 ranks learn with FSDP, 4 engines roll out.
-    "small": dict(
-        model="Qwen/Qwen3-8B", competitions="examples/mlebench_medium.txt", heldout="lite",
-        steps=400, groups=16, responses=8, eval_drafts=0, rollout_threads=16, sandbox_slots=16,
-        learning_rate=1e-6, warmup_steps=10, decay=False, max_grad_norm=1.0, entropy_coef=0.0,
-        token_budget=32768, learner_dtype="bfloat16",
-        activation_checkpointing=True, engine_dtype="bfloat16", max_model_len=24576,
-        max_response_tokens=8192, max_num_seqs=128, kv_cache_gib=0.0, logprob_gap_limit=0.1,
-        description_chars=12000, preview_chars=6000, output_chars=4000, timeout=3600.0,
-        cpu_seconds=14400.0, memory_mb=32768),
-    # The paper's scale: 4 nodes of 8 x 80 GB.
-    "ace30b": dict(
-        model="Qwen/Qwen3-30B-A3B", competitions="examples/mlebench_medium.txt",
-        heldout="lite", steps=400, groups=16, responses=8, eval_drafts=0,
-        learner_ranks=16, tensor_parallel=2, rollout_threads=16, sandbox_slots=16,
-        learning_rate=1e-6, warmup_steps=10, decay=False, max_grad_norm=1.0, entropy_coef=0.0,
-        token_budget=32768, learner_dtype="bfloat16",
-        activation_checkpointing=True, engine_dtype="bfloat16", max_model_len=24576,
-        max_response_tokens=8192, max_num_seqs=128, kv_cache_gib=0.0, logprob_gap_limit=0.1,
-        description_chars=12000, preview_chars=6000, output_chars=4000, timeout=3600.0,
-        cpu_seconds=14400.0, memory_mb=32768),
+    "tiny": {},  # the defaults above: a 2M-parameter policy on two CPU cores
+    "small": SMALL,
+    # The paper's model and number of steps; 4 nodes of 8 x 80 GB are our choice.
+    "ace30b": SMALL | dict(model="Qwen/Qwen3-30B-A3B", learner_ranks=16, tensor_parallel=2),
 }
 
 # For --dry-run, where the presets are planned for: (nodes, ranks a node), and the bytes of a GPU,
@@ -1429,8 +1420,20 @@ def leave(status: int) -> None:
     os._exit(status)
 
 
-def train(config: Config, resume: bool) -> None:
-    """Play this process's role until the run is over."""
+class Place(NamedTuple):
+    """Where this process stands among those of the run."""
+
+    world: int  # how many they are
+    rank: int
+    local_rank: int  # on its node
+    group: object | None  # process group of the learner ranks; None in a run of a single process
+    queues: QueueServer | None  # rank 0's
+    address: tuple[str, int]  # of the queue server
+    key: bytes
+
+
+def join_world(config: Config) -> Place:
+    """Meet the other processes; rank 0 tells them where its queues are."""
     import torch
     import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
@@ -1439,7 +1442,7 @@ def train(config: Config, resume: bool) -> None:
     rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     one_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == world
-    group, scratch, queues = None, None, None
+    group, queues, contact = None, None, [None]
     if world > 1:
         die_with_parent()
         exit_on_sigterm()
@@ -1460,8 +1463,6 @@ def train(config: Config, resume: bool) -> None:
         queues = QueueServer("127.0.0.1" if one_node else "")
         host = "127.0.0.1" if one_node else os.environ["MASTER_ADDR"]
         contact = [((host, queues.address[1]), queues.key)]
-    else:
-        contact = [None]
     if world > 1:
         dist.broadcast_object_list(contact, src=0)
         backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -1470,45 +1471,54 @@ def train(config: Config, resume: bool) -> None:
         group = dist.new_group(list(range(config.learner_ranks)), backend=backend,
                                timeout=timeout)
     hide_torchrun()
-    address, key = contact[0]
+    return Place(world, rank, local_rank, group, queues, *contact[0])
 
-    if rank >= config.learner_ranks:
-        first = (rank - config.learner_ranks) % config.tensor_parallel == 0
+
+def train(config: Config, resume: bool) -> None:
+    """Play this process's role until the run is over."""
+    import torch
+    import torch.distributed as dist
+
+    place = join_world(config)
+    if place.rank >= config.learner_ranks:
         if torch.cuda.is_available():
-            gpus = range(local_rank, local_rank + config.tensor_parallel)
+            gpus = range(place.local_rank, place.local_rank + config.tensor_parallel)
             os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
-        if first:
-            rollout_main(config, rank, address, key)
+        if (place.rank - config.learner_ranks) % config.tensor_parallel == 0:
+            rollout_main(config, place.rank, place.address, place.key)
         else:  # its GPU belongs to another rank's engine: wait for the end
-            connect_queues(address, key)(f"weights/{rank}").get()
-        dist.barrier()
-        return
-
-    from learner import Learner
-
-    torch.manual_seed(config.seed)
-    if not torch.cuda.is_available():
-        torch.set_num_threads(config.learner_threads)
+            connect_queues(place.address, place.key)(f"weights/{place.rank}").get()
     else:
-        torch.cuda.set_device(local_rank)
-    learner = Learner(config.model, learner_config(config), group=group)
-    if rank > 0:
-        learner_follow(learner, connect_queues(address, key)(f"learner/{rank}"))
-        dist.barrier()
-        return
+        from learner import Learner
 
+        torch.manual_seed(config.seed)
+        if not torch.cuda.is_available():
+            torch.set_num_threads(config.learner_threads)
+        else:
+            torch.cuda.set_device(place.local_rank)
+        learner = Learner(config.model, learner_config(config), group=place.group)
+        if place.rank > 0:
+            orders = connect_queues(place.address, place.key)(f"learner/{place.rank}")
+            learner_follow(learner, orders)
+        else:
+            lead(config, place, learner, resume)
+    if place.world > 1:
+        dist.barrier()
+
+
+def lead(config: Config, place: Place, learner, resume: bool) -> None:
+    """Rank 0's role: the run itself, with a rollout process of its own where it is alone."""
     scratch = scratch_folder("weights")
     start_guard([scratch])
-    queues.queues["published"] = PublishedFiles(scratch)
-    child = None
-    if world == 1:
-        rollout_ranks = [1]
-        child = multiprocessing.get_context("spawn").Process(
-            target=child_main, args=(config, address, key))
-        child.start()
-    else:
-        rollout_ranks = list(range(config.learner_ranks, world, config.tensor_parallel))
-    run = Run(config, learner, queues, rollout_ranks, scratch, resume)
+    place.queues.queues["published"] = PublishedFiles(scratch)
+    if place.world > 1:
+        rollout_ranks = list(range(config.learner_ranks, place.world, config.tensor_parallel))
+        Run(config, learner, place.queues, rollout_ranks, scratch, resume).run()
+        return
+    child = multiprocessing.get_context("spawn").Process(
+        target=child_main, args=(config, place.address, place.key))
+    child.start()
+    run = Run(config, learner, place.queues, [1], scratch, resume)
 
     def watch():
         """Under torchrun the agent ends all ranks when one dies; alone we have to look."""
@@ -1516,16 +1526,12 @@ def train(config: Config, resume: bool) -> None:
         if child.exitcode:
             run.fail(WorkerDied(f"the rollout process has ended with exit code {child.exitcode}"))
 
-    if child:
-        threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=watch, daemon=True).start()
     try:
         run.run()
-        if child:
-            child.join()
-        else:
-            dist.barrier()
+        child.join()
     finally:
-        if child and child.is_alive():
+        if child.is_alive():
             child.terminate()
             child.join()
 
@@ -1616,8 +1622,8 @@ def print_plan(config: Config) -> None:
     version = plan["parameter_count"] * (model.dtype or torch.float32).itemsize
     far = sorted({rank // local for rank in rollout_ranks} - {0}) if world > local else []
     print(f"weights of a version: {version / 2**30:.2f} GiB, gathered one tensor at a time, "
-          "written by rank 0 as\n  files in its node's shared memory, read there by every engine of "
-          "the node")
+          "written by rank 0 as\n  files in its node's shared memory, read there by every engine "
+          "of the node")
     if far:
         print(f"  copied over TCP, once a node, into the shared memory of nodes "
               f"{', '.join(map(str, far))}: {len(far) * version / 2**30:.2f} GiB a step")

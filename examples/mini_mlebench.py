@@ -1,12 +1,12 @@
 #!/usr/bin/env python
 """Mini MLE-bench: small Kaggle-style competitions in MLE-bench's prepared layout.
 
-Where in the paper: AceGRPO (arXiv 2602.07906) trains and evaluates on MLE-bench, whose data sets
-take days to prepare and hours to fit. These competitions have the same files, the same grading and
+Where in the paper: AceGRPO (arXiv 2602.07906) is evaluated on MLE-bench-Lite, whose data sets take
+days to prepare and hours to fit. These competitions have the same files, the same grading and
 the same medals, and a typical script solves one in a fraction of a second on one core, so that the
 whole training loop can be watched on a laptop.
 
-1. [paper] Competitions with a private leaderboard, medals by MLE-bench's rules, a private grader.
+1. [paper] MLE-bench's competitions: a private leaderboard, its rules for medals, a private grader.
 2. [ours] The data: the real sets that scikit-learn ships, and generated tables where those run out
    (`origin` in config.yaml says which). Every one of the six metrics occurs in both splits.
 3. [ours] Scripts can read scikit-learn's bundled files, so real rows are disguised: a feature is
