@@ -412,12 +412,18 @@ def encode_chat(tokenizer, messages: list[dict]) -> list[int]:
 # 2. Code extraction
 
 
+# (language, code) of every closed block, whatever its language: else the end of one could be taken
+# for the beginning of another. A block ends where a line begins with a fence.
+FENCE = re.compile(r"(?<!\S)```[ \t]*([\w+-]*)[^`\n]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
+
+
 def extract_code(response: str, finish_reason: str = "stop") -> tuple[str, str]:
     """The script in a response, or the reason why there is none: (code, reason), one of them "".
 
     What a reasoning model thinks (up to `</think>`) may hold code too: only the answer counts.
-    The last closed block wins, since models correct themselves. A response that the length limit
-    cut off is a failure even if an earlier block was closed: its answer never ended.
+    The last closed block that says it is Python wins, since models correct themselves; one without
+    a language only where there is no other: it may be what the script prints. A response that the
+    length limit cut off is a failure even if an earlier block was closed: its answer never ended.
 
     >>> extract_code("Try:\\n```python\\nprint(1)\\n```")
     ('print(1)\\n', '')
@@ -428,8 +434,10 @@ def extract_code(response: str, finish_reason: str = "stop") -> tuple[str, str]:
         return "", "the response was cut off by the length limit"
     if "<think>" in response and "</think>" not in response:
         return "", "the response has no answer after <think>"
-    answer = response.rpartition("</think>")[2]
-    blocks = re.findall(r"```(?:python|py)?[ \t]*\n(.*?)```", answer, re.DOTALL)
+    answer = response.rpartition("</think>")[2].replace("\r\n", "\n")
+    fences = [(language.lower(), code) for language, code in FENCE.findall(answer)]
+    blocks = ([code for language, code in fences if language in ("python", "python3", "py")]
+              or [code for language, code in fences if not language])
     if not blocks:
         return "", "the response has no ```python block"
     if not blocks[-1].strip():

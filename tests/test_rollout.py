@@ -51,6 +51,19 @@ def test_doctests(module):
     ("```python\nnever closed", ""),
     ("```python\n\n```", ""),
     ("no code", ""),
+    # other blocks beside the script
+    ("```bash\npip install x\n```\nthen\n```python\na\n```", "a\n"),
+    ("```python\na\n```\nIt prints:\n```\nscore: 1\n```", "a\n"),
+    ("```python\na\n```\n```text\nscore: 1\n```\n```python\nb\n```\n```json\n{}\n```", "b\n"),
+    ("```\na\n```\n```sh\nls\n```", "a\n"),
+    ("```bash\nls\n```", ""),
+    ("Take ```x```\n```python\na\n```", "a\n"),
+    # other spellings
+    ("```Python\na\n```", "a\n"),
+    ("```python3\na\n```", "a\n"),
+    ("``` python title=x\na\n```", "a\n"),
+    ("```python\r\na\r\nb\r\n```\r\n", "a\nb\n"),
+    ("```python\na = '```'\n```", "a = '```'\n"),
 ])
 def test_extract_code(response, code):
     found, reason = extract_code(response)
