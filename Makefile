@@ -39,8 +39,8 @@ data/policy/config.json: examples/tiny_policy.py examples/mini_mlebench.py data/
 	$(BIN)/python examples/tiny_policy.py --out data/policy
 
 train: data
-	$(BIN)/python train.py --preset tiny --run-dir $(RUN) --seed $(SEED)
-	$(BIN)/python examples/plot.py $(RUN) --out $(RUN)/curves.png
+	$(BIN)/python train.py --preset tiny --run-dir "$(RUN)" --seed $(SEED)
+	$(BIN)/python examples/plot.py "$(RUN)" --out "$(RUN)/curves.png"
 	@echo "learning curves: $(RUN)/curves.png"
 
 study: data

@@ -32,6 +32,7 @@ Alone:  python rollout.py --model DIR --competitions DIR --steps 20 --seeds 3 --
 
 import argparse
 import asyncio
+import fcntl
 import json
 import math
 import os
@@ -44,6 +45,7 @@ import tarfile
 import tempfile
 import threading
 import time
+import traceback
 import uuid
 import zipfile
 from collections import defaultdict
@@ -412,12 +414,18 @@ def encode_chat(tokenizer, messages: list[dict]) -> list[int]:
 # 2. Code extraction
 
 
+# (language, code) of every closed block, whatever its language: else the end of one could be taken
+# for the beginning of another. A block ends where a line begins with a fence.
+FENCE = re.compile(r"(?<!\S)```[ \t]*([\w+-]*)[^`\n]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
+
+
 def extract_code(response: str, finish_reason: str = "stop") -> tuple[str, str]:
     """The script in a response, or the reason why there is none: (code, reason), one of them "".
 
     What a reasoning model thinks (up to `</think>`) may hold code too: only the answer counts.
-    The last closed block wins, since models correct themselves. A response that the length limit
-    cut off is a failure even if an earlier block was closed: its answer never ended.
+    The last closed block that says it is Python wins, since models correct themselves; one without
+    a language only where there is no other: it may be what the script prints. A response that the
+    length limit cut off is a failure even if an earlier block was closed: its answer never ended.
 
     >>> extract_code("Try:\\n```python\\nprint(1)\\n```")
     ('print(1)\\n', '')
@@ -428,8 +436,10 @@ def extract_code(response: str, finish_reason: str = "stop") -> tuple[str, str]:
         return "", "the response was cut off by the length limit"
     if "<think>" in response and "</think>" not in response:
         return "", "the response has no answer after <think>"
-    answer = response.rpartition("</think>")[2]
-    blocks = re.findall(r"```(?:python|py)?[ \t]*\n(.*?)```", answer, re.DOTALL)
+    answer = response.rpartition("</think>")[2].replace("\r\n", "\n")
+    fences = [(language.lower(), code) for language, code in FENCE.findall(answer)]
+    blocks = ([code for language, code in fences if language in ("python", "python3", "py")]
+              or [code for language, code in fences if not language])
     if not blocks:
         return "", "the response has no ```python block"
     if not blocks[-1].strip():
@@ -882,7 +892,11 @@ class AgentRun:
 
     @classmethod
     def load(cls, competition: Competition, seed: int, folder: Path) -> "AgentRun":
-        """Take up the record in `folder`, which is made when there is none; a torn line is cut."""
+        """Take up the record in `folder`, which is made when there is none; a torn line is cut.
+
+        Raises:
+            CompetitionError: a line that is no step; one line that names the file.
+        """
         run = cls(competition, seed, folder=folder)
         folder.mkdir(parents=True, exist_ok=True)
         log = folder / "steps.jsonl"
@@ -890,10 +904,16 @@ class AgentRun:
         if lines and not lines[-1].endswith(b"\n"):  # killed while writing it
             os.truncate(log, sum(map(len, lines[:-1])))
             lines.pop()
-        for row in map(json.loads, lines):
-            run.designs.append(row.pop("design"))
-            run.hours += row.pop("hours")
-            run.traces.append(Trace.from_json(row))
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                run.designs.append(row.pop("design"))
+                run.hours += row.pop("hours")
+                run.traces.append(Trace.from_json(row))
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                raise CompetitionError(
+                    f"{log}, line {number} is no step ({type(error).__name__}: {error}): remove "
+                    f"{folder} to run this agent again") from None
         return run
 
     def add(self, trace: Trace, design: str, hours: float, submission: bytes | None) -> None:
@@ -1097,7 +1117,6 @@ def check_settings(folder: Path, settings: dict) -> None:
     path = folder / "settings.json"
     settings = json.loads(json.dumps(settings))
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
         path.with_suffix(".new").write_text(json.dumps(settings, indent=1) + "\n")
         path.with_suffix(".new").rename(path)
     try:
@@ -1111,6 +1130,25 @@ def check_settings(folder: Path, settings: dict) -> None:
             raise CompetitionError(
                 f"{folder} holds an evaluation with {name} {found.get(name)!r}, not "
                 f"{settings.get(name)!r}: give another --out, or remove it")
+
+
+def lock_record(folder: Path):
+    """A file whose lock says that this process writes to `folder`; it ends with the file, or with
+    the process however that ends.
+
+    Raises:
+        CompetitionError: another process holds it, or it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / "lock", "w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lock
+    except BlockingIOError:
+        raise CompetitionError(f"{folder}: another evaluation is writing to it; wait for its end, "
+                               "or give another --out") from None
+    except OSError as error:
+        raise CompetitionError(f"--out: {error}") from None
 
 
 def describe_hardware() -> dict:
@@ -1309,10 +1347,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     for names, right, what in (
             ("steps seeds parallel slots threads memory_mb disk_mb max_num_seqs "
              "tensor_parallel max_response_tokens", lambda x: x >= 1, "be at least 1"),
-            ("hours timeout", lambda x: 0 < x < math.inf, "be greater than 0"),
+            ("hours timeout", lambda x: 0 < x <= 1e6, "be in (0, 1e6]"),
             ("debug_probability crossover_probability", lambda x: 0 <= x <= 1, "be in [0, 1]"),
             ("drafts debug_depth temperature cpu_seconds kv_cache_gib description_chars "
-             "preview_chars output_chars memory_chars", lambda x: x >= 0, "not be negative")):
+             "preview_chars output_chars memory_chars", lambda x: 0 <= x < math.inf,
+             "be finite, and not negative")):
         for name in names.split():
             if not right(getattr(args, name)):
                 flag = "--" + name.replace("_", "-")
@@ -1344,27 +1383,38 @@ def check_overlap(model: Path, competitions: list[Competition]) -> None:
                                f"{model}; --allow-overlap evaluates on it all the same")
 
 
-def main(argv: list[str] | None = None) -> int:
-    try:
-        args = parse_arguments(argv)
-        model, out = Path(args.model), Path(args.out)
-        if not (model / "config.json").is_file():
-            raise ValueError(f"--model {model}: no config.json there; give a Hugging Face model "
-                             "directory")
-        competitions = load_competitions(args.competitions, args.data_dir)
-        if not args.allow_overlap:
-            check_overlap(model, competitions)
-        weights = [(p.name, p.stat().st_size, p.stat().st_mtime_ns)
-                   for p in sorted(model.glob("*.safetensors"))]
-        settings = {k: v for k, v in vars(args).items() if k not in FREE}
-        folder = out.parent / f"{out.stem}-runs"
-        try:
-            check_settings(folder, settings | {"model": str(model.resolve()), "weights": weights})
-        except OSError as error:
-            raise ValueError(f"--out {out}: {error}") from None
-    except (ValueError, OSError) as error:  # CompetitionError is a ValueError
-        print(f"rollout.py: {error}", file=sys.stderr)
-        return 2
+def settings_of(args: argparse.Namespace) -> dict:
+    """What decides the outcome of an evaluation: flags, and the weights' names, sizes and times."""
+    model = Path(args.model).resolve()
+    weights = [(p.name, p.stat().st_size, p.stat().st_mtime_ns)
+               for p in sorted(model.glob("*.safetensors"))]
+    return {k: v for k, v in vars(args).items() if k not in FREE} | {
+        "model": str(model), "weights": weights}
+
+
+def prepare(args: argparse.Namespace) -> tuple[list[Competition], Path]:
+    """Refuse what cannot be evaluated, before anything is started.
+
+    Returns:
+        The competitions, and the folder beside the report that holds the runs' records.
+
+    Raises:
+        ValueError, OSError: one line that names the flag or the file.
+    """
+    model, out = Path(args.model), Path(args.out)
+    if not (model / "config.json").is_file():
+        raise ValueError(f"--model {model}: no config.json there; give a Hugging Face model "
+                         "directory")
+    competitions = load_competitions(args.competitions, args.data_dir)
+    if not args.allow_overlap:
+        check_overlap(model, competitions)
+    if os.path.isdir(out):
+        raise ValueError(f"--out {out}: is a directory; name a file, such as {out}/report.json")
+    return competitions, out.parent / f"{out.stem}-runs"
+
+
+def run_evaluation(args: argparse.Namespace, competitions: list[Competition], folder: Path) -> int:
+    """From the start of the sandbox and the engine to the report; the exit status."""
     agent = AgentConfig(args.steps, args.drafts, args.debug_probability, args.debug_depth,
                         args.hours, args.crossover_probability)
     config = RolloutConfig(args.max_response_tokens, args.temperature, timeout=args.timeout)
@@ -1393,22 +1443,40 @@ def main(argv: list[str] | None = None) -> int:
         try:
             runs = evaluate(competitions, range(args.seeds), engine, sandbox, prompter, config,
                             agent, args.parallel, folder)
-        except CompetitionError as error:
-            print(f"rollout.py: {error}", file=sys.stderr)
-            return 2
-        except (KeyboardInterrupt, EngineDead) as error:
-            what = str(error) or "\ninterrupted"
-            print(f"{what}; the same command goes on", file=sys.stderr)
-            return 1 if isinstance(error, EngineDead) else 130
         finally:
             engine.close()
     limits = {"hours_per_competition": args.hours, "hours_per_execution": args.timeout / 3600,
               "scripts_at_a_time": args.slots, "threads": args.threads, "memory_mb": args.memory_mb,
               "gpus": gpus or [], "isolation": sandbox.isolation}
-    report = write_report(out, runs, agent, args.model, seeds=args.seeds, limits=limits)
+    report = write_report(Path(args.out), runs, agent, args.model, seeds=args.seeds, limits=limits)
     print_report(report)
     print(f"wrote {args.out}")
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line. Exit status: 0 done, 1 the engine or the program failed, 2 bad input or a
+    file that cannot be read or written, 3 no isolation, 130 interrupted. No error leaves it: the
+    agents that one cuts off would keep the process for ever."""
+    try:
+        try:
+            args = parse_arguments(argv)
+            competitions, folder = prepare(args)
+        except ValueError as error:
+            raise CompetitionError(error) from None
+        with lock_record(folder):
+            check_settings(folder, settings_of(args))
+            return run_evaluation(args, competitions, folder)
+    except (CompetitionError, OSError) as error:
+        print("rollout.py:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except (KeyboardInterrupt, EngineDead) as error:
+        what = str(error) or "\ninterrupted"
+        print(f"{what}; the same command goes on", file=sys.stderr)
+        return 1 if isinstance(error, EngineDead) else 130
+    except Exception:
+        traceback.print_exc()
+        return 1
 
 
 if __name__ == "__main__":

@@ -70,6 +70,7 @@ import hashlib
 import importlib
 import importlib.util
 import io
+import itertools
 import json
 import linecache
 import math
@@ -179,6 +180,7 @@ class Competition:
         `directory` itself holds prepared/. grade.py is trusted code: it runs in this process.
         Raises: CompetitionError.
         """
+        csv.field_size_limit(sys.maxsize)  # Python's own 131072 characters are few for a mask
         directory = Path(directory).resolve()
         if not directory.is_dir():
             raise CompetitionError(f"{directory}: no such competition directory")
@@ -189,25 +191,33 @@ class Competition:
 
         def file(name: str) -> Path:
             parts = Path(_field(dataset, name, f"{where}: dataset")).parts
-            return home.joinpath(*(parts[1:] if parts[0] == competition_id else parts)).resolve()
+            parts = parts[1:] if parts[:1] == (competition_id,) else parts
+            return home.joinpath(*parts).resolve()
 
         dataset = _field(config, "dataset", where, dict)
         answers, sample = file("answers"), file("sample_submission")
-        description = directory / Path(config.get("description") or "description.md").name
-        board = directory / "leaderboard.csv"
+        text = _field({"description": "description.md"} | config, "description", where)
+        description, board = directory / Path(text).name, directory / "leaderboard.csv"
+        public = home / "prepared" / "public"
+        if not public.is_dir():
+            what = f"missing directory of competition {competition_id!r}; prepare its data"
+            raise CompetitionError(f"{public}: {what}")
         for path in (description, board, answers, sample):
-            if not (path.is_file() or path == answers and path.is_dir()):
+            if not (path.is_file() or path == answers != home and path.is_dir()):
                 raise CompetitionError(f"{path}: missing file of competition {competition_id!r}")
+        Sample.read(sample, 1)
         scores, lower = _read_leaderboard(board)
         gold, silver, bronze = (float(scores[rank - 1]) for rank in medal_ranks(len(scores)))
         grade_fn = _field(_field(config, "grader", where, dict), "grade_fn", f"{where}: grader")
-        return cls(
+        competition = cls(
             id=competition_id, name=str(config.get("name", competition_id)),
             description=description.read_text(encoding="utf-8", errors="replace"),
-            public_dir=home / "prepared" / "public", answers=answers, sample_submission=sample,
+            public_dir=public, answers=answers, sample_submission=sample,
             leaderboard=scores, lower_is_better=lower, gold=gold, silver=silver, bronze=bronze,
             median=float(np.nanmedian(scores)), grader=_load_grader(grade_fn, directory),
         )
+        competition._read_answers(1)
+        return competition
 
     @classmethod
     def from_mlebench(
@@ -288,13 +298,26 @@ class Competition:
 
     @functools.cached_property
     def _answers(self):
-        """What the grader gets: a DataFrame (.csv), a list of objects (.jsonl), else the path."""
+        return self._read_answers()
+
+    def _read_answers(self, rows: int | None = None):
+        """What the grader gets: a DataFrame (.csv), a list of objects (.jsonl), else the path.
+
+        rows: no more of them; the first shows whether the file is one. Raises: CompetitionError.
+        """
         import pandas as pd
 
         try:
-            if self.answers.suffix == ".jsonl":
-                return [json.loads(line) for line in self.answers.read_bytes().splitlines()]
-            return pd.read_csv(self.answers) if self.answers.suffix == ".csv" else self.answers
+            if self.answers.suffix == ".csv":
+                answers = pd.read_csv(self.answers, nrows=rows)
+            elif self.answers.suffix == ".jsonl":
+                with open(self.answers, "rb") as file:
+                    answers = [json.loads(line) for line in itertools.islice(file, rows)]
+            else:
+                return self.answers
+            if not len(answers):
+                raise ValueError("no row in it")
+            return answers
         except (OSError, ValueError) as error:  # pandas' own errors are ValueErrors
             what = f"the answers of {self.id!r} cannot be read: {_one_line(error)}"
             raise CompetitionError(f"{self.answers}: {what}; prepare its data again") from None
@@ -374,7 +397,7 @@ def _read_config(path: Path) -> dict:
         raise CompetitionError(f"{path}: missing; a competition needs config.yaml") from None
     except (OSError, UnicodeDecodeError) as error:
         raise CompetitionError(f"{path}: cannot be read: {_one_line(error)}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: the 99th day of a month
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         line = f" line {mark.line + 1}:" if mark else ""
         what = _one_line(problem or error)
@@ -399,7 +422,7 @@ def _read_leaderboard(path: Path) -> tuple[np.ndarray, bool]:
 
     As mlebench has it, the file's order counts, and so does a team without a score (NaN).
     """
-    with open(path, newline="", encoding="utf-8", errors="replace") as file:
+    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
         if file.readline().startswith("version https://git-lfs"):
             remedy = "run `git lfs pull` in the checkout that it comes from"
             raise CompetitionError(f"{path}: a Git LFS pointer, not a leaderboard; {remedy}")
@@ -434,10 +457,13 @@ def _load_grader(grade_fn: str, directory: Path) -> Callable:
             spec.loader.exec_module(module)
         else:
             raise CompetitionError(f"{path}: missing; grader.grade_fn is {grade_fn!r}")
-        return getattr(module, function or "grade")
+        grader = getattr(module, function or "grade")
+        if not callable(grader):
+            raise TypeError(f"{function or 'grade'} is no function")
+        return grader
     except CompetitionError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         what = f"{type(error).__name__}: {_one_line(error)}"
         if (getattr(error, "name", None) or "").partition(".")[0] == "mlebench":
             what = f"it imports mlebench, which is not installed; {_GET_MLEBENCH}"
@@ -458,12 +484,13 @@ class Sample:
     max_bytes: int  # bound for a submission's size
 
     @classmethod
-    def read(cls, path: Path) -> Sample:
+    def read(cls, path: Path, most: int | None = None) -> Sample:
+        """most: rows to count; one shows that the file has any. Raises: CompetitionError."""
         with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
             reader = csv.reader(file)
             columns = tuple(next(reader, ()))
             numeric, rows = True, 0
-            for row in filter(None, reader):
+            for row in itertools.islice(filter(None, reader), most):
                 rows += 1
                 if rows <= 1000:
                     numeric = numeric and all(_NUMBER.fullmatch(value) for value in row[1:])
@@ -1905,4 +1932,7 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["serve"]:  # the fork server, started by Sandbox
         _serve(socket.socket(fileno=int(sys.argv[2])))
     else:
-        sys.exit(main())
+        try:
+            sys.exit(main())
+        except KeyboardInterrupt:
+            sys.exit(130)

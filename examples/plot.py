@@ -87,16 +87,31 @@ def _number(value) -> float:
 def read_jsonl(path: Path) -> list[dict]:
     """The objects of a JSON-lines file; a torn last line, of a run still going, is left out."""
     rows = []
-    lines = path.read_text().splitlines()
+    lines = path.read_text(errors="replace").splitlines()
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError as error:
             if number < len(lines):
                 raise PlotError(f"{path}, line {number}: not JSON ({error.msg})") from None
+            continue
+        if not isinstance(row, dict):
+            raise PlotError(f"{path}, line {number}: not an object of field names and values")
+        rows.append(row)
     return rows
+
+
+def load_config(path: Path) -> dict:
+    """The run's settings; none when it has no config.json."""
+    try:
+        config = json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+        raise PlotError(f"{path}: not JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise PlotError(f"{path}: not an object of flags and values")
+    return config
 
 
 def load_run(directory: Path, color: str) -> Run:
@@ -116,8 +131,7 @@ def load_runs(directories: list[Path]) -> list[Run]:
     for directory, name in zip(directories, distinct_names(directories), strict=True):
         run = load_run(directory, "")
         run.name = name
-        config = directory / "config.json"
-        setting = json.loads(config.read_text()) if config.is_file() else {"alone": len(seeds)}
+        setting = load_config(directory / "config.json") or {"alone": len(seeds)}
         setting |= {"seed": None, "run_dir": None}
         seeds[json.dumps(setting, sort_keys=True)].append(run)
     runs = [group[0] if len(group) == 1 else mean_run(group) for group in seeds.values()]
@@ -292,7 +306,7 @@ def bands(ax, run: Run, series: dict[str, np.ndarray], colors: dict[str, str]) -
 
 def eval_panel(ax, runs: list[Run], split: str) -> None:
     """Bars: mean over competitions, before (grey: all runs together) and after; dots: each one."""
-    competitions = {row["competition_id"] for run in runs for row in run.evals
+    competitions = {row.get("competition_id") for run in runs for row in run.evals
                     if row.get("split") == split}
     title(ax, f"Before and after: {SPLITS[split]}",
           f"frozen policy's drafts; bars: mean, dots: the {len(competitions)} competitions")
@@ -307,7 +321,7 @@ def eval_panel(ax, runs: list[Run], split: str) -> None:
         for x, score in enumerate(SCORES):
             per_competition: dict[str, list[float]] = {}
             for row in rows:
-                per_competition.setdefault(row["competition_id"], []).append(
+                per_competition.setdefault(row.get("competition_id"), []).append(
                     _number(row.get(score)))
             values = np.array([np.nanmean(v) for v in per_competition.values()
                                if np.isfinite(v).any()])

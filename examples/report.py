@@ -35,7 +35,7 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import plot  # noqa: E402
 from buffer import OPERATORS, child_id  # noqa: E402
-from plot import PlotError, load_run, read_jsonl  # noqa: E402
+from plot import PlotError, load_config, load_run, read_jsonl  # noqa: E402
 
 PAGE = Path(__file__).with_name("report_page.html")
 LONGEST = 20_000  # characters of one script or output
@@ -134,7 +134,12 @@ def embed_texts(order: list[int], traces: list[dict],
 def collect(directory: Path, text_mb: float) -> dict:
     """Everything that the page shows, as JSON types. Raises PlotError with a one-line message."""
     run = load_run(directory, "")
-    log = load_groups(directory / "groups.jsonl")
+    path = directory / "groups.jsonl"
+    try:
+        log = load_groups(path)
+    except (LookupError, TypeError, AttributeError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise PlotError(f"{path}: not what train.py's buffer writes ({what})") from None
     groups, traces = log["groups"], log["traces"]
     best = best_traces(groups, traces)
     built_on = {group["parent"] for group in groups}
@@ -153,7 +158,7 @@ def collect(directory: Path, text_mb: float) -> dict:
         "name": run.name,
         "config": load_config(directory / "config.json"),
         "metrics": columns(run.rows, run.rows[-1]),
-        "evals": [row for row in run.evals if row["when"] in ("before", "after")],
+        "evals": [row for row in run.evals if row.get("when") in ("before", "after")],
         "competitions": competitions,
         "operators": operators,
         "groups": columns(groups, groups[0]),
@@ -164,14 +169,6 @@ def collect(directory: Path, text_mb: float) -> dict:
         "texts": texts,
         "colors": COLORS | {"operators": {op: plot.OPERATORS[op] for op in operators}},
     }
-
-
-def load_config(path: Path) -> dict:
-    """The run's settings; none when it has no config.json."""
-    try:
-        return json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError as error:
-        raise PlotError(f"{path}: not JSON ({error})") from None
 
 
 def columns(rows: list[dict], names) -> dict[str, list]:

@@ -491,12 +491,18 @@ def teach(directory: Path, families: list[list[Sequence]], tokens_per_batch: int
     return float(np.mean(losses[-max(len(losses) // 10, 1):]))
 
 
+def is_replaceable(out: Path) -> bool:
+    """An empty directory, or one of a model; nothing else may be lost."""
+    files = {path.name for path in out.iterdir()} if out.is_dir() else {""}
+    return not files or {"config.json", "tokenizer.json"} <= files
+
+
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(
         description="Teach a tiny Qwen3 to write scikit-learn scripts.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", required=True,
-                        help="directory of the model; replaced if it exists")
+                        help="directory of the model; one that is there is replaced")
     parser.add_argument("--prompts", type=int, default=2200, help="prompts")
     parser.add_argument("--answers", type=int, default=7, help="answers to each prompt")
     parser.add_argument("--worlds", type=int, default=600, help="random competitions")
@@ -515,7 +521,10 @@ def main(argv=None) -> int:
 
     torch.set_num_threads(min(os.cpu_count() or 1, 8))
     rng = random.Random(args.seed)
-    out = Path(args.out)
+    out = Path(args.out).resolve()
+    new = out.with_name(f"{out.name}.new")  # renamed at the end: `out` is never half taught
+    if out.exists() and not is_replaceable(out):
+        parser.error(f"--out {out} is there and is no model directory: give another one")
     with tempfile.TemporaryDirectory() as folder, Sandbox(slots=2, unsafe=args.unsafe) as sandbox:
         worlds = make_worlds(rng, args.worlds, Path(folder))
         examples = make_examples(rng, worlds, args.prompts, args.answers, args.mistakes, sandbox)
@@ -530,16 +539,18 @@ def main(argv=None) -> int:
             ids = tokenizer.encode(answer) + [tokenizer.eos_token_id]
             families[-1].append(Sequence(np.array(prompt + ids, np.int32), len(prompt),
                                          np.zeros(len(ids), np.float32), 0.0))
-    if out.exists():
-        shutil.rmtree(out)
+    shutil.rmtree(new, ignore_errors=True)  # of a run that was killed
     model = make_model(tokenizer, args.hidden, args.layers, args.seed)
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    model.save_pretrained(new)
+    tokenizer.save_pretrained(new)
     lengths = [len(s.tokens) - s.prompt_length for family in families for s in family]
     print(f"{model.num_parameters() / 1e6:.2f}M parameters; {len(families)} prompts of "
           f"{np.mean([f[0].prompt_length for f in families]):.0f} tokens, {len(lengths)} answers "
           f"of {np.mean(lengths):.0f} tokens", flush=True)
-    loss = teach(out, families, args.batch_tokens, args.learning_rate, args.seed)
+    loss = teach(new, families, args.batch_tokens, args.learning_rate, args.seed)
+    if out.exists():
+        shutil.rmtree(out)
+    new.rename(out)
     print(f"wrote {out}: loss {loss:.3f} nat/token, {time.monotonic() - started:.0f} s")
     return 0
 

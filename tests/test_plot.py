@@ -123,11 +123,21 @@ def test_a_torn_last_line_of_a_running_run_is_left_out(tmp_path):
     assert len(load_run(run, "k").rows) == 5
 
 
-@pytest.mark.parametrize("content, message", [
-    (None, "no such file"), ("", "no learner step"), ('{"step": 1}\nx\n{"step": 2}\n', "line 2")])
-def test_errors_are_one_line_and_status_2(tmp_path, capsys, content, message):
-    if content is not None:
-        (tmp_path / "metrics.jsonl").write_text(content)
+@pytest.mark.parametrize("files, message", [
+    ({}, "no such file"),
+    ({"metrics": b""}, "no learner step"),
+    ({"metrics": b'{"step": 1}\nx\n{"step": 2}\n'}, "metrics.jsonl, line 2"),
+    ({"metrics": b"\xff\xfe\n{}\n"}, "metrics.jsonl, line 1: not JSON"),
+    ({"metrics": b'{"step": 1}\n[1]\n'}, "metrics.jsonl, line 2: not an object"),
+    ({"metrics": b"{}", "eval": b"5"}, "eval.jsonl, line 1: not an object"),
+    ({"metrics": b"{}", "config": b"{x"}, "config.json: not JSON"),
+    ({"metrics": b"{}", "config": b"\xff"}, "config.json: not JSON"),
+    ({"metrics": b"{}", "config": b"[]"}, "config.json: not an object"),
+])
+def test_errors_are_one_line_and_status_2(tmp_path, capsys, files, message):
+    for name, content in files.items():
+        ending = "json" if name == "config" else "jsonl"
+        (tmp_path / f"{name}.{ending}").write_bytes(content)
     assert main([str(tmp_path), "--out", str(tmp_path / "x.png")]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1

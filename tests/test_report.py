@@ -133,6 +133,9 @@ def test_texts_that_do_not_fit_are_left_out_the_least_wanted_first(run, tmp_path
     (lambda run: (run / "groups.jsonl").write_text(""), "no group is finished"),
     (lambda run: (run / "metrics.jsonl").unlink(), "metrics.jsonl: no such file"),
     (lambda run: (run / "config.json").write_text("{"), "config.json"),
+    (lambda run: (run / "eval.jsonl").write_text("[]\n"), "eval.jsonl, line 1: not an object"),
+    (lambda run: (run / "groups.jsonl").write_bytes(b"\xff\n{}\n"), "groups.jsonl, line 1: not JSON"),
+    (lambda run: (run / "groups.jsonl").write_text('{"traces": []}\n'), "buffer writes (KeyError"),
     (lambda run: (run / "report.html").mkdir(), "cannot write")])
 def test_errors_are_one_line_and_status_2(tmp_path, capsys, break_it, message):
     run = make_run(tmp_path / "run", steps=1)
@@ -140,6 +143,13 @@ def test_errors_are_one_line_and_status_2(tmp_path, capsys, break_it, message):
     assert main([str(run), "--out", str(run / "report.html")]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_an_evaluation_that_says_not_when_is_left_out(tmp_path):
+    run = make_run(tmp_path / "run", steps=1)
+    (run / "eval.jsonl").write_text('{"split": "train"}\n')
+    assert main([str(run), "--out", str(tmp_path / "report.html")]) == 0
+    assert embedded(tmp_path / "report.html")["evals"] == []
 
 
 # ---------------------------------------------------------------------------------- in a browser

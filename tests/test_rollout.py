@@ -51,6 +51,19 @@ def test_doctests(module):
     ("```python\nnever closed", ""),
     ("```python\n\n```", ""),
     ("no code", ""),
+    # other blocks beside the script
+    ("```bash\npip install x\n```\nthen\n```python\na\n```", "a\n"),
+    ("```python\na\n```\nIt prints:\n```\nscore: 1\n```", "a\n"),
+    ("```python\na\n```\n```text\nscore: 1\n```\n```python\nb\n```\n```json\n{}\n```", "b\n"),
+    ("```\na\n```\n```sh\nls\n```", "a\n"),
+    ("```bash\nls\n```", ""),
+    ("Take ```x```\n```python\na\n```", "a\n"),
+    # other spellings
+    ("```Python\na\n```", "a\n"),
+    ("```python3\na\n```", "a\n"),
+    ("``` python title=x\na\n```", "a\n"),
+    ("```python\r\na\r\nb\r\n```\r\n", "a\nb\n"),
+    ("```python\na = '```'\n```", "a = '```'\n"),
 ])
 def test_extract_code(response, code):
     found, reason = extract_code(response)
@@ -601,6 +614,7 @@ time.sleep(600)
 
 
 def test_a_record_is_not_mixed_with_other_settings(tmp_path):
+    (tmp_path / "runs").mkdir()
     check_settings(tmp_path / "runs", {"steps": 20, "weights": [("a", 1, 2)]})
     check_settings(tmp_path / "runs", {"steps": 20, "weights": [("a", 1, 2)]})
     with pytest.raises(CompetitionError, match="with steps 20, not 30: give another --out"):
@@ -683,10 +697,12 @@ def test_competitions_of_the_training_run_are_refused(tmp_path, competition):
     ([], "--model m: no config.json there"),
     (["--steps", "x"], "--steps: invalid int"),
     (["--nonsense"], "unrecognized arguments: --nonsense"),
-    (["--hours", "-1"], "--hours must be greater than 0, not -1.0"),
-    (["--timeout", "nan"], "--timeout must be greater than 0, not nan"),
+    (["--hours", "-1"], "--hours must be in (0, 1e6], not -1.0"),
+    (["--timeout", "nan"], "--timeout must be in (0, 1e6], not nan"),
+    (["--timeout", "1e10"], "--timeout must be in (0, 1e6]"),
+    (["--kv-cache-gib", "inf"], "--kv-cache-gib must be finite, and not negative, not inf"),
     (["--debug-probability", "7"], "--debug-probability must be in [0, 1]"),
-    (["--memory-chars", "-5"], "--memory-chars must not be negative"),
+    (["--memory-chars", "-5"], "--memory-chars must be finite, and not negative"),
     (["--max-model-len", "256"], "--max-response-tokens must be smaller"),
 ])
 def test_mistakes_are_one_line_and_status_2(arguments, message, capsys):
@@ -723,13 +739,59 @@ def test_broken_records_are_one_line_and_status_2(tmp_path, monkeypatch, capsys)
 
     (tmp_path / "file").touch()
     assert "--out" in said("file/report.json")
+    assert "--out" in said("x" * 300)
+    assert "is a directory" in said("policy")
     (tmp_path / "report-runs").mkdir()
+    with rollout.lock_record(tmp_path / "report-runs"):
+        assert "another evaluation is writing to it" in said()
     for text in ("{", "[1]"):
         (tmp_path / "report-runs/settings.json").write_text(text)
         assert "settings.json cannot be read" in said()
         (tmp_path / "splits.json").write_text(text)
         assert "splits.json cannot be read" in said()
         (tmp_path / "splits.json").unlink()
+
+
+@pytest.mark.parametrize("where, error, status, message", [
+    ("Engine", KeyboardInterrupt(), 130, "interrupted; the same command goes on"),
+    ("Sandbox", KeyboardInterrupt(), 130, "interrupted; the same command goes on"),
+    ("evaluate", rollout.EngineDead("the engine has died"), 1, "died; the same command goes on"),
+    ("evaluate", OSError(28, "No space left on device", "steps.jsonl"), 2, "steps.jsonl"),
+    ("evaluate", CompetitionError("toy: no room"), 2, "toy: no room"),
+    ("evaluate", KeyError("a bug"), 1, "Traceback"),
+    ("write_report", PermissionError(13, "Permission denied", "report.json"), 2, "report.json"),
+])
+def test_no_error_leaves_main(where, error, status, message, tmp_path, monkeypatch, capsys):
+    """Its caller ends the process at once; an exception would wait for the agents' threads."""
+    def fail(*_, **__):
+        raise error
+
+    class Ready(FakeSandbox):
+        isolation = "none"
+        __enter__ = lambda self: self
+        __exit__ = lambda self, *_: None
+
+    for name, fake in {
+            "load_competitions": lambda *_: [], "Sandbox": lambda **_: Ready(),
+            "start_guard": os.rmdir, "Prompter": lambda *_: None, "evaluate": lambda *_: [],
+            "Engine": lambda *_, **__: SimpleNamespace(close=lambda: None), where: fail}.items():
+        monkeypatch.setattr(rollout, name, fake)
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda _: None)
+    (tmp_path / "config.json").touch()
+    arguments = ["--model", str(tmp_path), "--competitions", "lite", "--out",
+                 str(tmp_path / "report.json")]
+    assert rollout.main(arguments) == status
+    said = capsys.readouterr().err
+    assert message in said
+    assert ("Traceback" in said) == (message == "Traceback")
+
+
+@pytest.mark.parametrize("line", ["x", "[1]", '{"design": "a"}', '{"design": "a", "hours": 1}'])
+def test_a_line_that_is_no_step_names_the_file(line, competition, tmp_path):
+    (tmp_path / "steps.jsonl").write_text(line + "\n")
+    with pytest.raises(CompetitionError, match="steps.jsonl, line 1 is no step.*: remove ") as error:
+        AgentRun.load(competition, 0, tmp_path)
+    assert "\n" not in str(error.value)
 
 
 def test_each_slot_has_a_gpu_of_its_own_and_no_isolation_is_status_3(tmp_path, monkeypatch, capsys):

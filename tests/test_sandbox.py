@@ -10,6 +10,7 @@ import doctest
 import json
 import os
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -23,6 +24,7 @@ from pathlib import Path
 
 import hypothesis
 import numpy as np
+import psutil
 import pytest
 from hypothesis import strategies as st
 
@@ -140,18 +142,44 @@ def edit(text: str, old: str, new: str) -> str:
         ("grade.py", lambda t: "import no_such_module\n", "no_such_module"),
         ("prepared/private/test.csv", None, "test.csv: missing file"),
         ("prepared/public/sample_submission.csv", None, "sample_submission.csv: missing file"),
+        ("config.yaml", lambda t: t + "\ndescription: 5\n", "'description' must be a string"),
+        ("config.yaml", lambda t: re.sub("answers: .*", "answers: .", t), "toy: missing file"),
+        ("config.yaml", lambda t: t + "\nmade: 2020-99-99\n", "config.yaml: not valid YAML: month"),
+        ("grade.py", lambda t: "raise SystemExit(3)\n", "grade.py: cannot be loaded: SystemExit"),
+        ("grade.py", lambda t: "grade = 5\n", "grade.py: cannot be loaded: .* no function"),
+        ("prepared/public", None, "public: missing directory of competition 'toy'"),
+        ("prepared/public/sample_submission.csv", lambda t: "", "has no rows"),
+        ("prepared/private/test.csv", lambda t: "", "test.csv: the answers .* cannot be read"),
+        ("prepared/private/test.csv", lambda t: "id,y\n", "cannot be read: no row in it"),
+        ("prepared/private/test.csv", lambda t: b"\x89PNG\xff\xfe\0\n\xff,\xff", "cannot be read"),
     ],
 )
 def test_a_broken_competition_is_one_line(tmp_path, file, change, message):
     make_competition(tmp_path)
     path = tmp_path / "toy" / file
     if change is None:
-        path.unlink()
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     else:
-        path.write_text(change(path.read_text()))
+        content = change(path.read_text())
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(CompetitionError, match=message) as error:
         Competition.load(tmp_path / "toy")
     assert "\n" not in str(error.value)
+
+
+def test_a_leaderboard_may_have_a_byte_order_mark_and_long_fields(competition, tmp_path):
+    path = tmp_path / "toy/leaderboard.csv"
+    rows = path.read_text().replace("\n", f",{'x' * 200_000}\n", 2)
+    path.write_text("\ufeff" + rows)
+    assert (Competition.load(tmp_path / "toy").leaderboard == competition.leaderboard).all()
+
+
+def test_load_reads_no_more_of_sample_and_answers_than_their_first_row(tmp_path):
+    make_competition(tmp_path)
+    for name in ("public/sample_submission.csv", "private/test.csv"):
+        with open(tmp_path / "toy/prepared" / name, "a") as file:
+            file.truncate(2**36)  # 64 GiB of nothing, which take no space
+    assert Competition.load(tmp_path / "toy").id == "toy"
 
 
 def test_load_competitions(tmp_path):
@@ -1223,6 +1251,16 @@ def test_command_run(competition, tmp_path):
     script.write_text("import time; time.sleep(60)")
     done = command("run", "--competition", tmp_path / "toy", script, "--timeout", "0.5")
     assert done.returncode == 0 and json.loads(done.stdout)["status"] == "timeout"
+
+
+def test_command_run_is_interrupted_without_a_traceback(competition, tmp_path):
+    (tmp_path / "s.py").write_text("import time; time.sleep(60)")
+    arguments = ["run", str(tmp_path / "s.py"), "--competition", str(tmp_path / "toy")]
+    process = subprocess.Popen([sys.executable, module.__file__, *arguments],
+                               stderr=subprocess.PIPE, text=True)
+    assert wait_until(lambda: psutil.Process(process.pid).children(), 60)
+    process.send_signal(signal.SIGINT)
+    assert "Traceback" not in process.communicate(timeout=60)[1] and process.returncode == 130
 
 
 def test_command_grade(competition, tmp_path):

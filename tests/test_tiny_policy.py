@@ -107,3 +107,33 @@ def test_teaching_lowers_the_loss(tmp_path):
     tiny.make_model(tokenizer, 64, 1, 0).save_pretrained(tmp_path)
     family = [Sequence(np.arange(10, dtype=np.int32), 2, np.zeros(8, np.float32), 0.0)]
     assert tiny.teach(tmp_path, [family] * 60, 1, 3e-3, 0) < 0.5  # it starts at log(300) = 5.7
+
+
+def test_out_is_replaced_last_and_only_by_a_model_that_was_taught(tmp_path, monkeypatch, capsys):
+    """`make data` takes a config.json that is there for a policy that was taught."""
+    out = tmp_path / "policy"
+
+    def make():
+        return tiny.main(["--out", str(out), "--prompts", "4", "--answers", "2", "--worlds", "4",
+                          "--hidden", "64", "--layers", "1", "--vocabulary", "300", "--unsafe"])
+
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    with pytest.raises(SystemExit) as ended:
+        make()
+    assert ended.value.code == 2 and "no model directory" in capsys.readouterr().err
+    assert (out / "thesis.txt").read_text() == "years of work"
+
+    (out / "thesis.txt").unlink()
+    taught = tiny.teach
+    monkeypatch.setattr(tiny, "teach", lambda *_: 1 / 0)
+    for there in (set(), {"config.json", "tokenizer.json"}):
+        for name in there:
+            (out / name).write_text("old")
+        with pytest.raises(ZeroDivisionError):
+            make()
+        assert {path.name for path in out.iterdir()} == there
+    monkeypatch.setattr(tiny, "teach", taught)
+    assert make() == 0
+    assert (out / "config.json").read_text() != "old" and (out / "model.safetensors").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["policy"]
