@@ -1673,6 +1673,8 @@ def main(argv: list[str] | None = None) -> int:
     except WorkerDied as error:
         say(f"train.py: {error}; {how_to_go_on(config)}")
         return 1
+    except SystemExit:  # argparse has said what there is to say
+        raise
     except BaseException as error:
         if INTERRUPTED.is_set():  # a checkpoint being written turns it into another exception
             say(f"\ninterrupted; {how_to_go_on(config)}")

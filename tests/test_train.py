@@ -324,11 +324,14 @@ def test_learner_ranks_must_leave_one_that_rolls_out():
         train.validate(make_config(learner_ranks=2), world_size=2)
 
 
-def test_unknown_value_of_a_flag_exits_2(capsys):
+@pytest.mark.parametrize("arguments, status", [
+    (["--help"], 0), (["--sampler", "best"], 2), (["--steps", "many"], 2), (["--no-such-flag"], 2)])
+def test_what_argparse_ends_is_no_crash(arguments, status, capsys):
     with pytest.raises(SystemExit) as end:
-        parse_config(["--sampler", "best"])
-    assert end.value.code == 2
-    assert "--sampler" in capsys.readouterr().err
+        train.main(arguments)
+    assert end.value.code == status
+    said = capsys.readouterr()
+    assert (arguments[0] in said.err or status == 0) and "Traceback" not in said.err
 
 
 def test_a_fresh_clone_is_told_to_make_its_data(tmp_path, monkeypatch, capsys):
