@@ -312,7 +312,7 @@ def test_two_nodes_without_a_shared_directory(world, tmp_path, monkeypatch):
     subprocess.run(["ip", "link", "add", "wire", "netns", first, "type", "veth",
                     "peer", "name", "wire", "netns", second], check=True)
     for node in nodes:
-        assert "left behind" not in node.finish(600)
+        assert "left behind" not in node.finish(900)
     check_run(run_dir, 3)
     for node in nodes:
         node.assert_nothing_stays()
