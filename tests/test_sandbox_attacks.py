@@ -819,7 +819,7 @@ attack(
 )
 attack(
     "inodes",
-    "for i in range(30000): open(f'f{i}', 'w').close()\nimport time; time.sleep(5)",
+    "for i in range(10_500): open(f'f{i}', 'w').close()\nimport time; time.sleep(5)",
     "error",
     reason="files",
 )
