@@ -1057,7 +1057,7 @@ class Range:
         self.listeners = self.listen()
         self.sandbox = Sandbox(
             slots,
-            cpu_seconds=2.0,
+            cpu_seconds=6.0,
             memory_mb=512,
             disk_mb=100,
             layers=layers,
