@@ -15,10 +15,12 @@ SEED ?= 0
 RUN ?= runs/first
 
 .PHONY: setup data train study test test-long clean
+.DELETE_ON_ERROR:
 
 setup: $(VENV)/ready
 
 $(VENV)/ready: requirements.txt requirements-cpu.txt
+	@echo "installing Python packages into $(VENV): about 4 GB, two to five minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -r $(REQUIREMENTS) || \
 		{ [ $(REQUIREMENTS) = requirements-cpu.txt ] && $(BIN)/pip install --quiet \

@@ -1436,6 +1436,7 @@ def run_evaluation(args: argparse.Namespace, competitions: list[Competition], fo
 
         prompter = Prompter(AutoTokenizer.from_pretrained(args.model), competitions, PromptBudget(
             args.description_chars, args.preview_chars, args.output_chars, args.memory_chars))
+        print("starting vLLM, a minute or two", flush=True)
         engine = Engine(args.model, EngineConfig(
             max_model_len=args.max_model_len, max_num_seqs=args.max_num_seqs, dtype=args.dtype,
             tensor_parallel_size=args.tensor_parallel, kv_cache_gib=args.kv_cache_gib or None),

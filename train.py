@@ -1662,7 +1662,7 @@ def main(argv: list[str] | None = None) -> int:
         resume = bool(arguments.resume) or restarted_by_torchrun(config)
         if rank == 0:
             prepare_run_dir(config, resume, splits)
-            print(f"run directory: {config.run_dir}", flush=True)
+            print(f"run directory: {config.run_dir}; starting vLLM, a minute or two", flush=True)
         train(config, resume)
         if rank == 0:
             print(f"done: {config.run_dir}/metrics.jsonl, eval.jsonl, policy/", flush=True)
