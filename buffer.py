@@ -359,8 +359,8 @@ class EvolvingBuffer:
             A crossover task comes last.
 
         Raises:
-            ValueError: the group is empty or of an unknown competition, or the log on disk holds
-                other groups than this buffer (replay it first).
+            ValueError: the group is empty, of an unknown competition or with a reward that is not
+                finite, or the log on disk holds other groups than this buffer (replay it first).
             OSError: the log cannot be written (disk full). The buffer and the log are then as they
                 were before the call, which can be repeated.
         """
@@ -385,6 +385,8 @@ class EvolvingBuffer:
         """What this group changes, as the record that the log keeps. Changes nothing itself."""
         if not group.traces:
             raise ValueError(f"the group of {group.task.id} has no traces")
+        if not np.isfinite([(t.reward, t.base_reward) for t in group.traces]).all():
+            raise ValueError(f"the group of {group.task.id} has a reward that is not finite")
         if f"{group.task.competition_id}/draft" not in self.tasks:
             raise ValueError(f"unknown competition {group.task.competition_id!r}; "
                              f"this buffer has {self.competition_ids}")

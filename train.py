@@ -31,6 +31,7 @@ What is whose:
 
 import argparse
 import bisect
+import contextlib
 import dataclasses
 import fcntl
 import importlib.util
@@ -39,6 +40,7 @@ import math
 import multiprocessing
 import os
 import queue
+import re
 import secrets
 import shutil
 import signal
@@ -256,8 +258,9 @@ def parse_config(argv: list[str] | None = None) -> tuple[Config, argparse.Namesp
             raise UserError(str(error))
         arguments = parser.parse_args(words + list(sys.argv[1:] if argv is None else argv))
     given = {k: v for k, v in vars(arguments).items() if k not in ("resume", "dry_run", "config")}
-    if arguments.resume:
+    if arguments.resume is not None:
         base = load_config(Path(arguments.resume))
+        refuse_to_change(base, given)
     else:
         preset = given.get("preset", "small" if shutil.which("nvidia-smi") else "tiny")
         base = {"preset": preset, **PRESETS[preset]}
@@ -267,13 +270,51 @@ def parse_config(argv: list[str] | None = None) -> tuple[Config, argparse.Namesp
 def load_config(run_dir: Path) -> dict:
     """The config.json of a run that is resumed."""
     try:
-        values = json.loads((run_dir / "config.json").read_text())
-        Config(**values)
-        return {**values, "run_dir": str(run_dir)}
-    except FileNotFoundError:
+        config = Config(**json.loads((run_dir / "config.json").read_text()))
+        for f in dataclasses.fields(Config):
+            value, choices = getattr(config, f.name), f.metadata.get("choices")
+            # JSON may have a whole number where a float is meant.
+            if type(value) not in (f.type, int if f.type is float else f.type):
+                raise ValueError(f"{f.name}: {value!r} is no {f.type.__name__}")
+            if choices and value not in choices:
+                raise ValueError(f"{f.name}: {value!r} is none of {', '.join(choices)}")
+        return {**dataclasses.asdict(config), "run_dir": str(run_dir)}
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"--resume {run_dir}: no config.json there; give a run directory")
-    except (ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"--resume {run_dir}: config.json cannot be read ({error})")
+
+
+def refuse_to_change(base: dict, given: dict) -> None:
+    """A resumed run stays in its directory, and keeps what its staleness rule has counted with."""
+    new, run_dir = {**base, **given}, base["run_dir"]
+    if Path(new["run_dir"]).resolve() != Path(run_dir).resolve():
+        raise UserError(f"--run-dir {new['run_dir']}: --resume goes on in {run_dir}; give one of "
+                        "the two")
+    if new["groups"] != base["groups"]:
+        raise UserError(f"--groups {new['groups']}: --resume {run_dir} began with {base['groups']} "
+                        "groups a step and must keep them")
+    if new["max_staleness"] < base["max_staleness"]:
+        raise UserError(f"--max-staleness {new['max_staleness']}: --resume {run_dir} has handed "
+                        f"out tasks for {base['max_staleness']}, which may only grow")
+
+
+# What each numeric flag must be; NaN is none of it. Floats end where poll(2) does, whose
+# milliseconds have 31 bits.
+BOUNDS = (
+    (lambda x: x >= 1, "at least 1",
+     "steps groups responses checkpoint_every keep_checkpoints learner_ranks tensor_parallel "
+     "rollout_threads sandbox_slots learner_threads engine_threads capacity children token_budget "
+     "max_model_len max_response_tokens max_num_seqs memory_mb disk_mb"),
+    (lambda x: x > 0, "greater than 0",
+     "collective_timeout temperature tau learning_rate max_grad_norm logprob_gap_limit timeout "
+     "cpu_seconds"),
+    (lambda x: x >= 0, "at least 0",
+     "seed eval_drafts max_staleness watchdog clip_low clip_high tis_cap kl_coef entropy_coef "
+     "gap_penalty max_depth epsilon warmup_steps kv_cache_gib description_chars preview_chars "
+     "output_chars sandbox_delay"),
+)
+MOST = {int: 2**32, float: 2e6}
 
 
 def validate(config: Config, world_size: int) -> None:
@@ -284,25 +325,19 @@ def validate(config: Config, world_size: int) -> None:
     """
     if config.learner_ranks == 0:
         config.learner_ranks = max(1, world_size // 2)
-    if world_size > 1 and config.learner_ranks >= world_size:
-        raise UserError(f"--learner-ranks {config.learner_ranks}: at least one of the {world_size} "
-                        f"ranks must roll out; use at most {world_size - 1}")
-    for name in ("steps", "groups", "responses", "rollout_threads", "sandbox_slots", "children",
-                 "checkpoint_every", "keep_checkpoints", "learner_threads", "engine_threads",
-                 "learner_ranks", "tensor_parallel", "token_budget", "max_response_tokens"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
-    for name in ("learning_rate", "temperature", "tau", "timeout", "cpu_seconds", "max_grad_norm",
-                 "collective_timeout"):
-        if not getattr(config, name) > 0:
-            raise UserError(f"--{name.replace('_', '-')} must be greater than 0")
-    for name in ("max_staleness", "eval_drafts", "kl_coef", "entropy_coef", "tis_cap", "max_depth",
-                 "watchdog", "gap_penalty", "sandbox_delay"):
-        if not getattr(config, name) >= 0:
-            raise UserError(f"--{name.replace('_', '-')} must not be negative")
+    most = max(world_size - 1, 1)  # a single process starts one more, which rolls out
+    if config.learner_ranks > most:
+        raise UserError(f"--learner-ranks {config.learner_ranks}: of {world_size} ranks at most "
+                        f"{most} can learn, for one must roll out; torchrun starts more")
+    for holds, words, names in BOUNDS:
+        for name in names.split():
+            value, most = getattr(config, name), MOST[Config.__annotations__[name]]
+            if not (holds(value) and value <= most):
+                raise UserError(f"--{name.replace('_', '-')} must be {words} and at most "
+                                f"{most:.0f}, not {value}")
     if config.responses < 2:
         raise UserError("--responses must be at least 2: the advantage compares within the group")
-    if not 0 <= config.epsilon <= 1:
+    if config.epsilon > 1:
         raise UserError("--epsilon must lie between 0 and 1")
     if config.max_response_tokens >= config.max_model_len:
         raise UserError("--max-response-tokens must be smaller than --max-model-len, which holds "
@@ -335,8 +370,10 @@ def start_of_run() -> float:
 def restarted_by_torchrun(config: Config) -> bool:
     """Whether these ranks replace others of the same torchrun (--max-restarts), so that they have
     to go on with its run directory; `launch` there names who wrote it."""
-    launch = Path(config.run_dir) / "launch"
-    return launch.exists() and launch.read_text() == f"{start_of_run():.2f}"
+    try:
+        return (Path(config.run_dir) / "launch").read_text() == f"{start_of_run():.2f}"
+    except OSError:
+        return False
 
 
 def check_model(directory: str) -> None:
@@ -365,9 +402,9 @@ class Curriculum:
 
     The staleness rule. With learner version i, another task is handed out only while
     n < (i + eta + 1) * B, n being the groups handed out that were or may still be trained on.
-    A group handed out at version v is learnt from at version v + eta at the latest: `next_batch`
-    waits for groups in flight that would otherwise become too old (`stale=wait`), or they are let
-    go and never trained on (`stale=drop`).
+    A group whose oldest token is of version v is learnt from at version v + eta at the latest:
+    `next_batch` waits for groups in flight that would otherwise become too old (`stale=wait`), or
+    they are let go and never trained on (`stale=drop`).
 
     One thread (`run`) reads the results; the learner calls `next_batch` and `stepped`. Everything
     is under one lock, which is never held while waiting for a queue or a collective.
@@ -445,7 +482,7 @@ class Curriculum:
             self.evaluations.append(result)
             return
         task_id = request.task.id
-        version = self.in_flight.pop(task_id)
+        del self.in_flight[task_id]
         if group is None:
             # Its prompt is too long, by the parent's script and output: drafts were checked at the
             # start. The task leaves, and its place in the batch is given back.
@@ -465,7 +502,7 @@ class Curriculum:
                 self.trace_log.write(json.dumps(trace.public()) + "\n")
             self.trace_log.flush()
         self.watch_grader(group)
-        if version < self.version - self.config.max_staleness:
+        if group.policy_version < self.version - self.config.max_staleness:
             self.dropped += 1  # only with stale=drop: wait never lets it come to this
             self.handed -= 1
             self.issued -= 1
@@ -585,34 +622,34 @@ class Curriculum:
                 "ready": [result.group.to_json() for result in self.ready],
             }
 
-    def load_state_dict(self, state: dict | None) -> None:
-        """Take up a checkpoint; None: there was none yet. Groups that finished after it feed the
-        buffer and the sampler (from the buffer's log), but are not learnt from: the policy that
-        sampled them is abandoned."""
+    def load_state_dict(self, state: dict) -> None:
+        """Take up a checkpoint; `replay` has to follow."""
         with self.changed:
-            waiting, epoch = {}, -1
-            if state:
-                epoch, waiting = state["epoch"], dict(state["in_flight"])
-                self.buffer.load_state_dict(state["buffer"])
-                self.sampler.load_state_dict(state["sampler"])
-                self.version, self.handed, self.issued = (
-                    state["version"], state["handed"], state["issued"])
-                self.dropped, self.skipped = state["dropped"], state["skipped"]
-                self.ready = [Result(Request(g.task, len(g.traces), g.handout_version), g)
-                              for g in map(Group.from_json, state["ready"])]
-            in_flight = len(waiting)
+            self.buffer.load_state_dict(state["buffer"])
+            self.sampler.load_state_dict(state["sampler"])
+            self.version, self.epoch = state["version"], state["epoch"]
+            self.handed, self.issued = state["handed"], state["issued"]
+            self.dropped, self.skipped = state["dropped"], state["skipped"]
+            self.in_flight = dict(state["in_flight"])
+            self.ready = [Result(Request(g.task, len(g.traces), g.handout_version), g)
+                          for g in map(Group.from_json, state["ready"])]
+
+    def replay(self) -> None:
+        """Groups that finished after the checkpoint, or before there was one, feed the buffer and
+        the sampler (from the buffer's log), but are not learnt from: the policy that sampled them
+        is abandoned."""
+        with self.changed:
             for change in self.buffer.replay():
                 if change.rewards.size:  # none: a task was removed
                     self.sampler.update(change.task_id, change.rewards)
-                    epoch = max(epoch, change.epoch)
+                    self.epoch = max(self.epoch, change.epoch)
                 self.follow(change.rewards, change.admitted, change.evicted)
-                waiting.pop(change.task_id, None)
-            self.epoch = epoch + 1
-            # What was in flight and has not come back keeps its old place in the staleness rule;
-            # the place of what came back is free.
-            self.handed -= in_flight - len(waiting)
-            self.issued -= in_flight - len(waiting)
-            self.in_flight = waiting
+                # What was in flight and has not come back keeps its old place in the staleness
+                # rule; the place of what came back is free.
+                if self.in_flight.pop(change.task_id, None) is not None:
+                    self.handed -= 1
+                    self.issued -= 1
+            self.epoch += 1
 
 
 # ---------------------------------------------------------------------------------------------
@@ -739,13 +776,13 @@ class QueueServer:
 
     def __init__(self, host: str = "127.0.0.1"):
         """`host`: where to listen; "" for every interface."""
-        self.queues: dict[str, queue.Queue] = defaultdict(queue.Queue)
+        self.queues: dict[str, queue.Queue] = {}
         self.key = secrets.token_bytes(32)
 
         class Manager(BaseManager):
             pass
 
-        Manager.register("queue", callable=lambda name: self.queues[name])
+        Manager.register("queue", callable=self)
         server = Manager(address=(host, 0), authkey=self.key).get_server()
         self.address = server.address
         handle = server.handle_request
@@ -768,7 +805,8 @@ class QueueServer:
         threading.Thread(target=server.serve_forever, name="queues", daemon=True).start()
 
     def __call__(self, name: str) -> queue.Queue:
-        return self.queues[name]
+        # Each connection has a thread of its own: of two that ask first, both must get the same.
+        return self.queues.setdefault(name, queue.Queue())
 
 
 def connect_queues(address: tuple[str, int], key: bytes):
@@ -853,7 +891,10 @@ def members():
 
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, signal.SIG_IGN)
-select.select([os.pidfd_open(rank)], [], [])
+try:
+    select.select([os.pidfd_open(rank)], [], [])
+except ProcessLookupError:
+    pass  # it ended before we got here
 # Python's resource trackers unlink shared memory and semaphores once their clients are dead.
 deadline = time.monotonic() + 5
 while group and (alive := list(members())):
@@ -1080,6 +1121,7 @@ class Run:
         self.evaluated = False  # before training
         if resume:
             self.restore()
+            describe_run(config, (train, heldout))  # not before: a refused resume changes nothing
 
     def everyone(self, method: str, *arguments):
         """Call a method of the learner on every learner rank; most of them are collectives."""
@@ -1284,46 +1326,52 @@ class Run:
 
     def checkpoints(self) -> list[Path]:
         """The complete ones, oldest first."""
-        return sorted((p.parent for p in self.dir.glob("checkpoints/step_*/DONE")),
-                      key=checkpoint_step)
+        return [folder for folder in checkpoint_folders(self.dir) if (folder / "DONE").exists()]
 
     def restore(self) -> None:
         """Go on from the last complete checkpoint; before the first one, from the start."""
         complete = self.checkpoints()
-        for folder in self.dir.glob("checkpoints/step_*"):
+        for folder in checkpoint_folders(self.dir):
             if folder not in complete:  # a kill has left it
                 shutil.rmtree(folder)
-        state = None
         if complete:
             folder = complete[-1]
-            try:
+            with reading(self.dir, f"checkpoint {folder.name}", remedy=(
+                    "delete it to go on from the one before it" if len(complete) > 1
+                    else "start a new run")):
                 for name, size in json.loads((folder / "DONE").read_text()).items():
                     if (folder / name).stat().st_size != size:
                         raise ValueError(f"{name} does not have its {size} bytes")
                 state = json.loads((folder / "curriculum.json").read_text())
+                if state["buffer"]["competition_ids"] != self.splits["train"]:
+                    raise UserError(
+                        f"--resume {self.dir}: its checkpoint is of other training competitions; "
+                        "give the --competitions and the limits of prompts that the run began with")
                 self.everyone("load", str(folder / "learner"))
                 self.step = state["step"]
-            except (OSError, ValueError, KeyError) as error:
-                remedy = ("delete it to go on from the one before it" if len(complete) > 1
-                          else "start a new run")
-                raise UserError(f"--resume {self.dir}: checkpoint {folder.name} cannot be read "
-                                f"({error}); {remedy}")
-            if state["buffer"]["competition_ids"] != self.splits["train"]:
-                raise UserError(
-                    f"--resume {self.dir}: its checkpoint is of other training competitions; give "
-                    "the --competitions and the limits of prompts that the run began with")
-        try:
-            self.curriculum.load_state_dict(state)
+                self.curriculum.load_state_dict(state)
+        with reading(self.dir, "groups.jsonl or traces.jsonl"):
+            self.curriculum.replay()
             mend_traces(self.dir)
-        except ValueError as error:
-            raise UserError(f"--resume {self.dir}: {error}; start a new run")
         # Steps after the checkpoint are taken again, and so is an evaluation after the end.
         metrics, drafts = self.dir / "metrics.jsonl", self.dir / "eval.jsonl"
-        rewrite_jsonl(metrics, [r for r in read_jsonl(metrics) if r["step"] <= self.step])
-        before = [r for r in read_jsonl(drafts) if r["when"] == "before"]
+        with reading(self.dir, "metrics.jsonl or eval.jsonl"):
+            learnt = [r for r in read_jsonl(metrics) if r["step"] <= self.step]
+            before = [r for r in read_jsonl(drafts) if r["when"] == "before"]
         self.evaluated = self.step > 0 or len(before) == sum(map(len, self.splits.values()))
+        rewrite_jsonl(metrics, learnt)
         rewrite_jsonl(drafts, before if self.evaluated else [])
         print(f"resuming {self.dir} after step {self.step}", flush=True)
+
+
+@contextlib.contextmanager
+def reading(run_dir: Path, what: str, remedy: str = "start a new run"):
+    """Whatever is wrong with what a resume reads, one line that names it and the remedy."""
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"--resume {run_dir}: {what} cannot be read ({type(error).__name__}: "
+                        f"{error}); {remedy}")
 
 
 # Every row of metrics.jsonl has the same keys, null where a step had nothing to learn from.
@@ -1349,8 +1397,11 @@ def mend_traces(run_dir: Path) -> None:
         file.write(b"".join(json.dumps(t).encode() + b"\n" for t in traces))
 
 
-def checkpoint_step(folder: Path) -> int:
-    return int(folder.name.removeprefix("step_"))
+def checkpoint_folders(run_dir: Path) -> list[Path]:
+    """checkpoints/step_N, by N. What else somebody keeps there, such as a copy, stays untouched."""
+    steps = {int(p.name[5:]): p for p in run_dir.glob("checkpoints/step_*")
+             if re.fullmatch(r"step_\d+", p.name)}
+    return [steps[step] for step in sorted(steps)]
 
 
 def load_splits(config: Config) -> tuple[list, list]:
@@ -1361,6 +1412,9 @@ def load_splits(config: Config) -> tuple[list, list]:
     if both and not config.allow_overlap:
         raise UserError(f"--heldout {config.heldout}: {min(both)} is a training competition too, "
                         "of this run or of --model's; --allow-overlap lets it be both")
+    if config.capacity < len(train):
+        raise UserError(f"--capacity {config.capacity}: the buffer must hold a draft task for each "
+                        f"of the {len(train)} training competitions")
     return train, heldout
 
 
@@ -1536,15 +1590,37 @@ def lead(config: Config, place: Place, learner, resume: bool) -> None:
             child.join()
 
 
-def prepare_run_dir(config: Config, resume: bool, splits: tuple[list, list]) -> None:
-    """Create the run directory, readable by its owner only, with config.json and splits.json, by
-    which an evaluation knows what its policy was trained on."""
+def prepare_run_dir(config: Config, resume: bool, splits: tuple[list, list]):
+    """Create the run directory, readable by its owner only.
+
+    Returns:
+        the open file whose lock keeps other runs out until it is closed, or this process ends.
+
+    Raises:
+        UserError: it cannot be made or written, is in use, or not empty though not resumed.
+    """
     run_dir = Path(config.run_dir)
-    if not resume and run_dir.exists() and any(run_dir.iterdir()):
-        raise UserError(f"--run-dir {run_dir}: not empty; use --resume {run_dir} to go on with it, "
-                        "or another directory")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    run_dir.chmod(0o700)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if not resume and any(path.name != "lock" for path in run_dir.iterdir()):
+            raise UserError(f"--run-dir {run_dir}: not empty; use --resume {run_dir} to go on with "
+                            "it, or another directory")
+        run_dir.chmod(0o700)
+        lock = open(run_dir / "lock", "w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not resume:
+            describe_run(config, splits)
+        return lock
+    except BlockingIOError:
+        raise UserError(f"--run-dir {run_dir}: another process trains there; wait for its end, or "
+                        "give another directory")
+    except OSError as error:
+        raise UserError(f"--run-dir {run_dir}: {error.strerror}; give another directory")
+
+
+def describe_run(config: Config, splits: tuple[list, list]) -> None:
+    """config.json, and splits.json, by which an evaluation knows what its policy was trained on."""
+    run_dir = Path(config.run_dir)
     new = run_dir / "config.json.new"
     new.write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
     new.replace(run_dir / "config.json")  # at one stroke: without it nothing can be resumed
@@ -1659,11 +1735,13 @@ def main(argv: list[str] | None = None) -> int:
                 print_plan(config)
             return 0
         splits = load_splits(config)
-        resume = bool(arguments.resume) or restarted_by_torchrun(config)
+        resume = arguments.resume is not None or restarted_by_torchrun(config)
+        lock = contextlib.nullcontext()
         if rank == 0:
-            prepare_run_dir(config, resume, splits)
+            lock = prepare_run_dir(config, resume, splits)
             print(f"run directory: {config.run_dir}; starting vLLM, a minute or two", flush=True)
-        train(config, resume)
+        with lock:
+            train(config, resume)
         if rank == 0:
             print(f"done: {config.run_dir}/metrics.jsonl, eval.jsonl, policy/", flush=True)
         return 0

@@ -77,6 +77,19 @@ def test_group_reports_its_oldest_version_and_survives_json(root):
     assert copy.to_json() == group.to_json() and copy.epoch == 2 and copy.task.id == root.id
 
 
+@pytest.mark.parametrize("field", ["reward", "base_reward"])
+def test_a_reward_that_is_not_finite_is_refused_before_anything_is_written(field, tmp_path):
+    buffer = EvolvingBuffer(["iris"], log_path=tmp_path / "log")
+    buffer.add(Group(buffer.roots()[0], [trace(buffer.roots()[0], "a", 0.5)]))
+    before, log = snapshot(buffer), (tmp_path / "log").read_bytes()
+    for value in (float("nan"), float("inf")):
+        bad = trace(buffer.roots()[0], "b", 0.5)
+        setattr(bad, field, value)
+        with pytest.raises(ValueError, match="iris/draft has a reward that is not finite"):
+            buffer.add(Group(buffer.roots()[0], [trace(buffer.roots()[0], "c", 0.5), bad]))
+    assert snapshot(buffer) == before and (tmp_path / "log").read_bytes() == log
+
+
 # ---- admission
 
 

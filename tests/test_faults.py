@@ -13,6 +13,7 @@ import os
 import pickle
 import re
 import resource
+import shutil
 import socket
 import struct
 import sys
@@ -61,8 +62,8 @@ class World:
         """A run from its start to its end. `connection` may put something between the rollout
         rank and the address of the queue server; the other arguments replace fakes or settings."""
         config = self.config(**changes)
-        train.prepare_run_dir(config, resume, ([], []))
-        return self.play(config, resume, connection, engine, sandbox, learner)
+        with train.prepare_run_dir(config, resume, ([], [])):
+            return self.play(config, resume, connection, engine, sandbox, learner)
 
     def play(self, config, resume, connection=lambda address: address, engine=None, sandbox=None,
              learner=None) -> train.Run:
@@ -371,24 +372,74 @@ def test_torn_lines_are_mended(world):
     assert [t["id"] for t in world.rows("traces.jsonl")] == [t["id"] for t in world.traces()]
 
 
+def rewrite(path, change):
+    """Change a JSON file, and its size in DONE where it is a checkpoint's."""
+    data = json.loads(path.read_text())
+    path.write_text(json.dumps(change(data) or data))
+    if (done := path.with_name("DONE")).exists() and done != path:
+        done.write_text(json.dumps(json.loads(done.read_text()) | {path.name: path.stat().st_size}))
+
+
+def append(name):
+    """A line that is JSON, but no row."""
+    return lambda d: open(d.parent.parent / name, "a").write("[]\n")
+
+
 @pytest.mark.parametrize("damage, words", [
     (lambda d: (d / "learner/version").unlink(), ["step_6", "learner/version", "delete it"]),
     (lambda d: os.truncate(d / "curriculum.json", 100), ["step_6", "curriculum.json", "delete it"]),
+    (lambda d: rewrite(d / "curriculum.json", lambda c: c.pop("epoch") and None),
+     ["step_6", "epoch", "delete it"]),
+    (lambda d: rewrite(d / "curriculum.json", lambda c: c["buffer"]["tasks"][0].update(x=1)),
+     ["step_6", "'x'", "delete it"]),
+    (lambda d: rewrite(d / "DONE", lambda _: [1]), ["step_6", "delete it"]),
     (lambda d: os.truncate(d.parent.parent / "groups.jsonl", 500), ["groups.jsonl", "start a new"]),
+    (append("groups.jsonl"), ["groups.jsonl", "start a new"]),
+    (append("traces.jsonl"), ["traces.jsonl", "start a new"]),
+    (append("metrics.jsonl"), ["metrics.jsonl", "start a new"]),
+    (append("eval.jsonl"), ["eval.jsonl", "start a new"]),
 ])
-def test_a_damaged_checkpoint_is_refused(world, damage, words):
-    world.start()
+def test_a_damaged_run_is_refused_and_stays_as_it_is(world, damage, words):
+    world.start(steps=6)
     damage(world.dir / "checkpoints/step_6")
+    kept = {name: (world.dir / name).read_bytes() for name in ("config.json", "splits.json",
+                                                               "metrics.jsonl", "eval.jsonl")}
     with pytest.raises(UserError) as error:
         world.start(resume=True, steps=8)
     assert all(word in str(error.value) for word in [f"--resume {world.dir}", *words])
+    assert kept == {name: (world.dir / name).read_bytes() for name in kept}
 
 
-def test_a_foreign_checkpoint_is_refused(world):
+def test_a_resume_with_other_competitions_is_refused_and_the_next_one_goes_on(world, capsys):
     world.start()
     write_world(world.folder / "other", ("dogwood", "elm", "fir"))
     with pytest.raises(UserError, match="other training competitions"):
         world.start(resume=True, steps=8, competitions=str(world.folder / "other/competitions"))
+    config = train.parse_config(["--resume", str(world.dir), "--steps", "8"])[0]
+    with train.prepare_run_dir(config, True, ([], [])):
+        world.play(config, True)
+    world.assert_good(8, epochs=2)
+    assert json.loads((world.dir / "config.json").read_text())["steps"] == 8  # now it is changed
+    assert json.loads((world.dir / "splits.json").read_text())["train"] == world.run.splits["train"]
+
+
+def test_a_run_directory_has_one_run_at_a_time(world):
+    with train.prepare_run_dir(world.config(), False, ([], [])):
+        for resume in (False, True):
+            with pytest.raises(UserError, match="another process trains there|not empty"):
+                train.prepare_run_dir(world.config(), resume, ([], []))
+    train.prepare_run_dir(world.config(), True, ([], [])).close()
+
+
+def test_copies_and_notes_beside_the_checkpoints_stay_untouched(world):
+    world.start()
+    folder = world.dir / "checkpoints"
+    shutil.copytree(folder / "step_4", folder / "step_4.bak")
+    (folder / "step_notes").mkdir()
+    world.start(resume=True, steps=10)
+    assert sorted(p.name for p in folder.iterdir()) == ["step_10", "step_4.bak", "step_8",
+                                                        "step_notes"]
+    assert (folder / "step_4.bak/DONE").exists()
 
 
 # -- policies, competitions and batches that bring nothing
@@ -664,7 +715,7 @@ def test_a_directory_of_another_run_is_not_resumed_by_a_restart(world, monkeypat
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert not train.restarted_by_torchrun(world.config())
-    train.prepare_run_dir(world.config(), True, ([], []))
+    train.describe_run(world.config(), ([], []))
     assert train.restarted_by_torchrun(world.config())
 
 

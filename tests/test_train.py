@@ -4,14 +4,17 @@ import dataclasses
 import json
 import os
 import queue
+import subprocess
+import sys
 import threading
+import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from fakes import FakeEngine, FakeLearner, FakePrompter, FakeSandbox
+from fakes import FakeEngine, FakeLearner, FakePrompter, FakeSandbox, write_world
 
 import train
 from buffer import EvolvingBuffer
@@ -111,6 +114,25 @@ def test_no_group_is_older_than_eta(stale, eta):
         assert curriculum.buffer.sequence == config.steps * config.groups  # nothing is lost
 
 
+def test_a_late_group_of_fresh_tokens_is_not_dropped():
+    """Handed out at version 0, it waited for a free thread and was sampled at version 3: the age of
+    its oldest token counts."""
+    config = make_config(max_staleness=2, stale="drop")
+    curriculum, engine = make_curriculum(config), FakeEngine()
+    with curriculum.changed:
+        curriculum.hand_out()
+    for version in (1, 2, 3):
+        curriculum.stepped(version)
+    for engine.version, kept in ((3, 1), (0, 1), (1, 2)):
+        result = rollout(curriculum.tasks.get(), engine, FakeSandbox(), FakePrompter(COMPETITIONS),
+                         RolloutConfig(), ThreadPoolExecutor(1))
+        assert result.group.handout_version == 0
+        with curriculum.changed:
+            curriculum.receive(result)
+        assert len(curriculum.ready) == kept
+    assert curriculum.dropped == 1
+
+
 def test_the_learner_waits_for_a_straggler():
     config = make_config(max_staleness=1)
     curriculum = make_curriculum(config)
@@ -207,6 +229,7 @@ def test_checkpoint_goes_on_like_the_uninterrupted_run(tmp_path):
     state = json.loads(json.dumps({"epoch": 0, **first.state_dict()}))
     second, engine = make_curriculum(config), FakeEngine()
     second.load_state_dict(state)
+    second.replay()
     assert second.epoch == 1
     engine.version = learner.version
     rows += loop(second, engine, learner, 6)
@@ -221,6 +244,7 @@ def test_in_flight_tasks_are_handed_out_again():
     state = json.loads(json.dumps({"epoch": 0, **curriculum.state_dict()}))
     resumed = make_curriculum(config)
     resumed.load_state_dict(state)
+    resumed.replay()
     assert resumed.tasks.empty()  # not before the engines have the checkpoint's weights
     resumed.start()
     again = [resumed.tasks.get_nowait() for _ in range(resumed.tasks.qsize())]
@@ -303,20 +327,47 @@ def test_every_field_is_documented_in_help(capsys):
     (["--competitions", "/nowhere"], ["/nowhere"]),
     (["--model", "/nowhere/at/all"], ["--model", "/nowhere/at/all"]),
     (["--learner-ranks", "1", "--responses", "1"], ["--responses"]),
+    (["--learner-ranks", "4"], ["--learner-ranks 4", "torchrun"]),  # one process
     (["--epsilon", "2"], ["--epsilon"]),
     (["--max-response-tokens", "5000"], ["--max-response-tokens", "--max-model-len"]),
+    (["--capacity", "2"], ["--capacity 2", "3 training competitions"]),
     (["--resume", "/nowhere"], ["--resume", "/nowhere"]),
+    (["--resume", ""], ["--resume", "give a run directory"]),
+    (["--resume", "model/config.json"], ["--resume", "give a run directory"]),
+    (["--run-dir", "model/config.json"], ["--run-dir model/config.json: "]),
+    (["--run-dir", "model/config.json/a/b"], ["--run-dir model/config.json/a/b: "]),
+    (["--run-dir", "long" * 75], ["--run-dir", "name too long"]),
+    (["--run-dir", "model"], ["--run-dir model: not empty"]),
 ])
 def test_bad_input_is_one_line_and_status_2(arguments, words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "model").mkdir()  # passes for one, so that the error is about what follows
-    for name in ("config.json", "tokenizer.json"):
-        (tmp_path / "model" / name).write_text("{}")
-    assert train.main(["--preset", "tiny", "--model", "model", *arguments]) == 2
+    write_world(tmp_path)
+    files = sorted(tmp_path.rglob("*"))
+    world = ["--model", "model", "--competitions", "competitions", "--heldout", ""]
+    assert train.main(["--preset", "tiny", *world, *arguments]) == 2
     error = capsys.readouterr().err.strip()
     assert len(error.splitlines()) == 1
     for word in words:
         assert word in error
+    assert sorted(tmp_path.rglob("*")) == files  # no run directory is left, no lock
+
+
+def test_every_number_has_bounds():
+    """Each numeric flag is in the table once; NaN, infinity, and what is below are refused."""
+    names = " ".join(row[2] for row in train.BOUNDS).split()
+    assert sorted(names) == sorted(f.name for f in dataclasses.fields(Config)
+                                   if f.type in (int, float))
+    good = make_config(learner_ranks=1)
+    train.validate(dataclasses.replace(good), world_size=1)
+    for name in names:
+        flag, wrong = "--" + name.replace("_", "-") + " ", [-1, 10**400]
+        if Config.__annotations__[name] is float:
+            wrong += [float("nan"), float("inf")]
+        if name not in train.BOUNDS[2][2] and name != "learner_ranks":  # of which 0 means: half
+            wrong += [0]
+        for value in wrong:
+            with pytest.raises(UserError, match=flag):
+                train.validate(dataclasses.replace(good, **{name: value}), world_size=1)
 
 
 def test_learner_ranks_must_leave_one_that_rolls_out():
@@ -345,6 +396,33 @@ def test_the_hint_to_resume_is_only_given_once_a_run_has_begun(tmp_path):
     assert "--resume" not in train.how_to_go_on(config)
     train.prepare_run_dir(config, False, ([], []))
     assert f"--resume {tmp_path}" in train.how_to_go_on(config)
+
+
+@pytest.mark.parametrize("text, words", [
+    ('{"steps": "abc"}', "steps: 'abc' is no int"), ('{"steps": null}', "steps: None is no int"),
+    ('{"steps": 2.5}', "steps: 2.5"), ('{"steps": true}', "steps: True"),
+    ('{"model": [1]}', "model"), ('{"buffer": "no"}', "buffer"), ('{"timeout": "1"}', "timeout"),
+    ('{"loss": "ppo"}', "loss: 'ppo' is none of grpo"), ('{"stepz": 1}', "stepz"),
+    ("[]", "mapping"), ("{", "delimiter|property name"), (None, "directory")])
+def test_a_damaged_config_of_a_run_is_refused(text, words, tmp_path):
+    path = tmp_path / "config.json"
+    path.mkdir() if text is None else path.write_text(text)
+    with pytest.raises(UserError, match=f"--resume .*config.json cannot be read .*({words})"):
+        parse_config(["--resume", str(tmp_path)])
+
+
+def test_what_a_resumed_run_must_keep(tmp_path, monkeypatch):
+    """Its directory, and what its staleness rule has counted with: B, and eta at least."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text('{"groups": 4, "max_staleness": 2, "timeout": 7}')
+    resume = ["--resume", "run"]
+    for flags in (["--groups", "3"], ["--max-staleness", "1"], ["--run-dir", "other"]):
+        with pytest.raises(UserError, match=" ".join(flags)):
+            parse_config(resume + flags)
+    config, _ = parse_config(resume + ["--groups", "4", "--max-staleness", "3", "--steps", "9",
+                                       "--run-dir", str(tmp_path / "run/../run")])
+    assert (config.groups, config.max_staleness, config.steps, config.timeout) == (4, 3, 9, 7)
 
 
 def test_a_model_without_tokenizer_is_refused(tmp_path):
@@ -416,6 +494,28 @@ def test_queues_reach_other_processes_and_need_the_key():
 
     with pytest.raises(AuthenticationError):
         train.connect_queues(server.address, b"another key")
+
+
+def test_all_who_ask_for_a_name_at_once_get_the_same_queue(monkeypatch):
+    class Slow(queue.Queue):
+        def __init__(self):
+            time.sleep(0.1)
+            super().__init__()
+
+    monkeypatch.setattr(train, "queue", SimpleNamespace(Queue=Slow))
+    server = train.QueueServer()
+    with ThreadPoolExecutor(4) as pool:
+        assert len({id(found) for found in pool.map(server, ["new"] * 4)}) == 1
+
+
+def test_the_guard_of_a_process_that_has_ended_already_cleans_up(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    folder = tmp_path / "scratch"
+    folder.mkdir()
+    guard = subprocess.run([sys.executable, "-ISc", train.GUARD, str(ended.pid), "0", str(folder)],
+                           capture_output=True, text=True)
+    assert (guard.returncode, guard.stderr) == (0, "") and not folder.exists()
 
 
 def test_ranks_of_another_node_copy_a_version_once_and_drop_the_one_before(tmp_path, monkeypatch):
