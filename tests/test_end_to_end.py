@@ -97,7 +97,9 @@ class Started:
                 start_new_session=True,
                 env={**os.environ, "ACEGRPO_TEST": str(log), "OMP_NUM_THREADS": "1",
                      "SECRET_TOKEN": SECRET,
-                     "TMPDIR": self.temporary})
+                     "TMPDIR": self.temporary,
+                     # what vLLM compiles at its first start is kept for the next
+                     "TORCHINDUCTOR_CACHE_DIR": f"{tempfile.gettempdir()}/torchinductor-tests"})
 
     def alive(self) -> list[psutil.Process]:
         """Processes that carry our mark in their environment, and sandbox processes, whose
