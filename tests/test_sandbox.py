@@ -143,7 +143,7 @@ def edit(text: str, old: str, new: str) -> str:
         ("prepared/private/test.csv", None, "test.csv: missing file"),
         ("prepared/public/sample_submission.csv", None, "sample_submission.csv: missing file"),
         ("config.yaml", lambda t: t + "\ndescription: 5\n", "'description' must be a string"),
-        ("config.yaml", lambda t: re.sub("answers: .*", "answers: .", t), "toy: missing file"),
+        ("config.yaml", lambda t: re.sub("answers: [^,}]*", "answers: .", t), "toy: missing file"),
         ("config.yaml", lambda t: t + "\nmade: 2020-99-99\n", "config.yaml: not valid YAML: month"),
         ("grade.py", lambda t: "raise SystemExit(3)\n", "grade.py: cannot be loaded: SystemExit"),
         ("grade.py", lambda t: "grade = 5\n", "grade.py: cannot be loaded: .* no function"),

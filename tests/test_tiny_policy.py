@@ -1,6 +1,7 @@
 """The corpus that the tiny policy is taught on: python -m pytest tests/test_tiny_policy.py"""
 
 import ast
+import contextlib
 import random
 from dataclasses import replace
 
@@ -114,9 +115,13 @@ def test_out_is_replaced_last_and_only_by_a_model_that_was_taught(tmp_path, monk
     out = tmp_path / "policy"
 
     def make():
-        return tiny.main(["--out", str(out), "--prompts", "4", "--answers", "2", "--worlds", "4",
-                          "--hidden", "64", "--layers", "1", "--vocabulary", "300", "--unsafe"])
+        return tiny.main(["--out", str(out), "--hidden=64", "--layers=1", "--vocabulary=300",
+                          "--batch-tokens=1"])
 
+    examples = [([{"role": "user", "content": "a"}], ["b c", "d"])] * 3
+    for name, fake in {"make_worlds": lambda *_: [], "make_examples": lambda *_: examples,
+                       "Sandbox": lambda **_: contextlib.nullcontext()}.items():
+        monkeypatch.setattr(tiny, name, fake)
     out.mkdir()
     (out / "thesis.txt").write_text("years of work")
     with pytest.raises(SystemExit) as ended:
