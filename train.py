@@ -876,15 +876,17 @@ def fetch_weights(directory: Path, connect) -> None:
 # 5. Nothing stays behind
 
 GUARD = """
-import os, pathlib, select, shutil, signal, sys, time
+import os, pathlib, re, select, shutil, signal, sys, time
 
-rank, group, folders = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
+rank, group, folders, shared = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:], set()
 
 def members():
     for stat in pathlib.Path('/proc').glob('[0-9]*/stat'):
         try:
             state, _, pgrp = stat.read_text().rpartition(')')[2].split()[:3]
             if int(pgrp) == group and state not in 'ZX':
+                maps = (stat.parent / 'maps').read_text()
+                shared.update(re.findall('/dev/shm/(?:psm_|sem[.])[^ ]+$', maps, re.MULTILINE))
                 yield int(stat.parent.name), (stat.parent / 'cmdline').read_bytes()
         except OSError:
             pass  # it has ended meanwhile
@@ -892,10 +894,15 @@ def members():
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, signal.SIG_IGN)
 try:
-    select.select([os.pidfd_open(rank)], [], [])
+    ended = os.pidfd_open(rank)
+    while True:
+        list(members())  # notes which shared memory is in use
+        if select.select([ended], [], [], 5)[0]:
+            break
 except ProcessLookupError:
     pass  # it ended before we got here
-# Python's resource trackers unlink shared memory and semaphores once their clients are dead.
+# Python's resource trackers unlink shared memory and semaphores once their clients are dead; what a
+# tracker that was killed itself can no longer unlink, we do.
 deadline = time.monotonic() + 5
 while group and (alive := list(members())):
     for pid, command in alive:
@@ -903,6 +910,8 @@ while group and (alive := list(members())):
             try: os.kill(pid, signal.SIGKILL)
             except ProcessLookupError: pass
     select.select([], [], [], 0.05)
+for path in shared:
+    pathlib.Path(path).unlink(missing_ok=True)
 for folder in folders:
     shutil.rmtree(folder, ignore_errors=True)
 """

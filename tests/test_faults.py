@@ -16,6 +16,7 @@ import resource
 import shutil
 import socket
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -751,3 +752,24 @@ def test_the_key_of_the_queues_is_in_no_argument_environment_or_file(world):
 
 
 FAKES = Path(__file__).with_name("fakes.py")
+
+
+def test_the_guard_unlinks_shared_memory_whose_tracker_was_killed(tmp_path):
+    program = """
+import os, sys, time
+from multiprocessing import resource_tracker, shared_memory
+from train import start_guard
+memory = shared_memory.SharedMemory(create=True, size=100)
+resource_tracker.unregister(memory._name, "shared_memory")
+start_guard([])
+print(memory.name, flush=True)
+time.sleep(60)
+"""
+    owner = subprocess.Popen([sys.executable, "-c", program], cwd=Path(train.__file__).parent,
+                             stdout=subprocess.PIPE, text=True, start_new_session=True)
+    path = Path("/dev/shm", owner.stdout.readline().strip())
+    assert path.exists()
+    time.sleep(2)  # the guard looks once at its start, then every five seconds
+    owner.kill()
+    owner.wait()
+    wait_until(lambda: not path.exists(), 10, "the end of the shared memory")
