@@ -8,6 +8,7 @@ this repository and what its grading imports; its data and Kaggle are not needed
     MLEBENCH_CHECKOUT=/somewhere/mle-bench python -m pytest -s tests/test_mlebench.py
 """
 
+import dataclasses
 import importlib
 import json
 import os
@@ -123,13 +124,15 @@ def test_answers_other_than_csv_reach_the_grader(tmp_path):
 @pytest.mark.parametrize("name, content", [("test.csv", b""), ("test.csv", b"\xff\xfe\0"),
                                            ("test.jsonl", b"{"), ("test.jsonl", b"\xff")])
 def test_answers_that_cannot_be_read_are_no_fault_of_a_submission(tmp_path, name, content):
-    make_competition(tmp_path)
-    (tmp_path / "toy/prepared/private" / name).write_bytes(content)
+    answers = tmp_path / "toy/prepared/private" / name
+    competition = dataclasses.replace(make_competition(tmp_path), answers=answers)
+    answers.write_bytes(content)
     config_of(tmp_path, answers=f"toy/prepared/private/{name}")
-    competition = Competition.load(tmp_path / "toy")
-    with pytest.raises(CompetitionError, match="answers of 'toy' cannot be read.*prepare") as error:
-        competition.grade(competition.sample_submission.read_bytes())
-    assert "\n" not in str(error.value)
+    for read in (lambda: competition.grade(competition.sample_submission.read_bytes()),
+                 lambda: Competition.load(tmp_path / "toy")):
+        with pytest.raises(CompetitionError, match="answers of 'toy' cannot be read.*prepare") as error:
+            read()
+        assert "\n" not in str(error.value)
 
 
 def test_a_score_that_is_not_finite_is_refused(tmp_path):
