@@ -1249,8 +1249,8 @@ class Run:
 
         The check: each engine scores a fixed token sequence, the probe, and the learner compares
         with its own log-probabilities at that version. An engine that took over part of the weights
-        only (vLLM keeps a tied output head, packed experts on CPUs) is caught here and nowhere
-        else: it goes on sampling fluent text, from a wrong policy.
+        only (vLLM's own reload keeps a tied output head that no file names, and packs no experts
+        on CPUs) is caught here and nowhere else: it goes on sampling fluent text, from a wrong policy.
 
         Returns:
             the mean |log-probability difference| on the probe, the largest over the engines, nat.
