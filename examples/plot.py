@@ -162,7 +162,7 @@ def mean_run(seeds: list[Run]) -> Run:
     >>> rows = [[{"step": 1, "kl": 0.5}, {"step": 2, "kl": 9}], [{"step": 1, "kl": None, "x": 2}]]
     >>> run = mean_run([Run(f"full-{i}", "", rows[i], []) for i in range(2)])
     >>> run.name, run.rows
-    ('full (2 seeds)', [{'step': 1.0, 'kl': 0.5, 'x': 2.0}])
+    ('full (2 runs)', [{'step': 1.0, 'kl': 0.5, 'x': 2.0}])
     """
     rows = []
     for of_step in zip(*(run.rows for run in seeds), strict=False):
@@ -172,7 +172,7 @@ def mean_run(seeds: list[Run]) -> Run:
         rows.append({name: float(np.mean(v)) if v else None for name, v in values.items()})
     same = commonprefix([run.name for run in seeds])
     name = re.sub(r"[-_/. ]*(seed)?[-_/. ]*\d*$", "", same) or seeds[0].name
-    return Run(f"{name} ({len(seeds)} seeds)", "", rows, [e for run in seeds for e in run.evals],
+    return Run(f"{name} ({len(seeds)} runs)", "", rows, [e for run in seeds for e in run.evals],
                seeds)
 
 

@@ -88,7 +88,7 @@ def test_seeds_of_one_setting_are_one_mean_with_each_seed_behind_it(tmp_path):
         (run / "config.json").write_text(json.dumps(config))
     directories = [tmp_path / name for name in ("full-0", "dapo-0", "full-1")]
     runs = module.load_runs(directories)
-    assert [run.name for run in runs] == ["full (2 seeds)", "dapo-0"]
+    assert [run.name for run in runs] == ["full (2 runs)", "dapo-0"]
     assert len(runs[0].rows) == 6 and runs[0]["reward_mean"] == pytest.approx(0.3)
     means = [(line.get_ydata().mean(), line.get_linewidth())
              for line in draw(*directories)["Reward"].lines if line.get_color() == runs[0].color]
