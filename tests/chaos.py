@@ -5,12 +5,14 @@
 `--reference` is a finished, undisturbed run of the same seed and flags (such as `make train`'s):
 the disturbed run must end where it ended. Flags that this script does not know go to train.py.
 
-After each kill either the run goes on (a sandbox process, a guard: somebody replaces it), or all of
-it ends by itself, with no process, no file in /dev/shm and no temporary file left. At the end every
-step and every finished group must be there exactly once (`check_run_dir`).
+Every other start is left alone until it has learnt a step: half of them are killed while they start,
+half in training. After each kill either the run goes on (a sandbox process, a guard: somebody
+replaces it), or all of it ends by itself, with no process, no file in /dev/shm and no temporary file
+left. At the end every step and every finished group must be there exactly once (`check_run_dir`).
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -140,9 +142,13 @@ def main() -> int:
         names = ("groups.jsonl", "metrics.jsonl", "config.json", "eval.jsonl")
         return max((p.stat().st_mtime for n in names if (p := run_dir / n).exists()), default=0.0)
 
-    while True:
-        run, killed = Started(command, log), 0
-        next_kill = time.monotonic() + rng.uniform(1, options.longest)
+    def steps() -> int:
+        metrics = run_dir / "metrics.jsonl"
+        return metrics.read_text().count("\n") if metrics.exists() else 0
+
+    for start in itertools.count():
+        run, killed, begun_at = Started(command, log), 0, steps()
+        next_kill = time.monotonic() + rng.uniform(1, options.longest) if start % 2 == 0 else None
         started = time.time()
         while run.process.poll() is None:
             time.sleep(0.1)
@@ -150,7 +156,9 @@ def main() -> int:
                 print(f"HUNG: nothing was written for {options.patience:.0f} s; see {log}")
                 run.process.kill()
                 return 1
-            if len(kills) < options.kills and time.monotonic() > next_kill:
+            if next_kill is None and steps() > begun_at:
+                next_kill = time.monotonic() + rng.uniform(1, options.longest)
+            if len(kills) < options.kills and next_kill and time.monotonic() > next_kill:
                 by_label = {}
                 for process in run.alive():
                     try:
@@ -166,10 +174,8 @@ def main() -> int:
                     continue  # it has just ended by itself
                 kills.append(name)
                 killed += 1
-                metrics = run_dir / "metrics.jsonl"
-                steps = metrics.read_text().count("\n") if metrics.exists() else 0
                 print(f"kill {len(kills):3}: {name:18} {time.time() - started:5.0f} s after the start, "
-                      f"after {steps} steps", flush=True)
+                      f"after {steps()} steps", flush=True)
                 next_kill = time.monotonic() + rng.uniform(10, options.longest)
         run.assert_nothing_stays()  # processes, /dev/shm, the temporary folder
         shutil.rmtree(run.temporary)  # at most what torch has compiled
