@@ -8,8 +8,8 @@ do not describe the sandbox, so nearly everything here is our choice:
 2. [ours]  Reward: 0 for nothing usable, 0.05 for a refused submission, 0.1 + 0.9 * human rank for
            a valid one; `improve` adds half of the gain over the parent (`step_reward`).
 3. [ours]  Speed: scripts are forked from a server that has already imported pandas and
-           scikit-learn. A trivial run takes about 15 ms; `python script.py` takes about 900,
-           nearly all of it imports (tests/bench_sandbox.py).
+           scikit-learn. A run that imports them takes about 0.02 times what `python script.py`
+           takes, nearly all of it imports (tests/bench_sandbox.py).
 4. [ours]  Safety: the policy is rewarded for its score, so it will try to read the answers, to
            reach the trainer, to outlive its run. Landlock confines files, a seccomp filter confines
            system calls; neither is enough alone. Both work for a normal user, for root and in
