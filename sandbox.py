@@ -536,14 +536,18 @@ def _check_form(data: bytes, sample: Sample) -> None:
     except UnicodeDecodeError as error:
         refuse(f"is not UTF-8 text (byte {error.start})")
     csv.field_size_limit(max(csv.field_size_limit(), sample.max_bytes))
-    rows, most = 0, 2 * len(sample.columns) + 16
+    rows, most_rows, most_fields = 0, 2 * sample.rows + 17, 2 * len(sample.columns) + 16
+    if '"' in text:
+        fields = map(len, csv.reader(io.StringIO(text, newline="")))
+    else:  # a line is a row: three times quicker
+        text = text.replace("\r\n", "\n").replace("\r", "\n").rstrip("\n")
+        fields = (line.count(",") + 1 for line in text.split("\n", most_rows + 1))
     try:
-        for row in csv.reader(io.StringIO(text, newline="")):
-            rows += 1
-            if len(row) > most:
+        for rows, count in enumerate(fields, 1):
+            if count > most_fields:
                 where = f"row {rows - 1}" if rows > 1 else "the header"
-                refuse(f"has {len(row)} fields in {where}, expected {len(sample.columns)} columns")
-            if rows > 2 * sample.rows + 17:
+                refuse(f"has {count} fields in {where}, expected {len(sample.columns)} columns")
+            if rows > most_rows:
                 refuse(f"has too many rows, expected {sample.rows}")
     except csv.Error as error:
         refuse(f"is not valid CSV: {_one_line(error)}")
@@ -932,7 +936,9 @@ def _limit(request: dict) -> None:
     """Resource limits, soft and hard; the nanny's are tighter, these hold between its looks."""
     megabyte = 1 << 20
     limits = {"CORE": 0, "MEMLOCK": 0, "MSGQUEUE": 0, "NICE": 0, "RTPRIO": 0, "NOFILE": 256}
-    limits |= {"CPU": math.ceil(request["cpu_seconds"]) + 1, "FSIZE": request["file_mb"] * megabyte}
+    # The kernel's count of CPU seconds runs ahead of the nanny's where a hypervisor steals time.
+    limits |= {"CPU": math.ceil(1.5 * request["cpu_seconds"]) + 1}
+    limits |= {"FSIZE": request["file_mb"] * megabyte}
     if not request["gpu"]:  # CUDA reserves far more address space than it uses
         base = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         limits["AS"] = base + (request["memory_mb"] + 1024) * megabyte
@@ -1134,13 +1140,15 @@ def _watch(
     for descriptor in (stdout, stderr, ready, pidfd):
         os.close(descriptor)
     exit_code = None if status is None else os.waitstatus_to_exitcode(status)
+    cpu = usage.ru_utime + usage.ru_stime if usage else 0.0
+    if not killed and exit_code in (-signal.SIGXCPU, -signal.SIGKILL):
+        killed = "cpu" if cpu > request["cpu_seconds"] else ""  # RLIMIT_CPU came first
     submission, problem = b"", ""
     if exit_code == 0 and not killed:
         submission, problem = _collect(directory, request["submission_bytes"])
     facts = {
         "killed": killed, "said": said.decode("utf-8", "replace"), "problem": problem,
-        "exit_code": exit_code, "stuck": status is None, "seconds": seconds,
-        "cpu_seconds": usage.ru_utime + usage.ru_stime if usage else 0.0,
+        "exit_code": exit_code, "stuck": status is None, "seconds": seconds, "cpu_seconds": cpu,
     }
     return facts, outputs[stdout].bytes(), outputs[stderr].bytes(), submission
 
@@ -1707,7 +1715,7 @@ class Sandbox:
             return "error", f"{what} in the middle of the run"
         if killed == "timeout":
             return "timeout", f"stopped at the wall-clock limit after {facts['seconds']:.1f} s"
-        if killed == "cpu" or exit_code == -signal.SIGXCPU:
+        if killed == "cpu":
             return "timeout", f"stopped at the CPU limit after {facts['cpu_seconds']:.1f} s of CPU"
         if killed == "memory":
             return "memory", f"stopped at the memory limit of {limits['memory_mb']} MB"
