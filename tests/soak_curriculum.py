@@ -4,11 +4,13 @@
     python tests/soak_curriculum.py --threads 50 --tasks 2000 --groups 20000
 
 Everything but the engine, the scripts and the learner is real: curriculum, buffer, sampler, both logs,
-rollout threads. Prints groups/s and the peak memory of every tenth of the groups, from when the buffer
-is full. The queues must stay within what the staleness rule allows, the memory must not grow.
+rollout threads. Prints groups/s, the peak memory and the live Python objects of every tenth of the
+groups, from when the buffer is full. The queues must stay within what the staleness rule allows, the
+memory must not grow: a leak shows as more live objects, fragmented memory as a larger peak alone.
 """
 
 import argparse
+import gc
 import os
 import queue
 import random
@@ -107,19 +109,22 @@ def main() -> int:
             roll_out(batch)
         print(f"{buffer.sequence} groups have filled the buffer with {len(buffer)} tasks")
         peak_mib()
-        print(f"{'groups':>10} {'groups/s':>9} {'peak MiB':>9} {'tasks':>8} {'log MiB':>8}")
+        print(f"{'groups':>10} {'groups/s':>9} {'peak MiB':>9} {'objects':>9} {'tasks':>8} "
+              f"{'log MiB':>8}")
         rows = []
         for _ in range(10):
             speed = roll_out(options.groups // 10)
-            rows.append((buffer.sequence, speed, peak_mib(), len(buffer),
+            gc.collect()
+            rows.append((buffer.sequence, speed, peak_mib(), sys.getallocatedblocks(), len(buffer),
                          os.path.getsize(Path(folder) / "groups.jsonl") / 2**20))
-            print("{:10} {:9.0f} {:9.0f} {:8} {:8.0f}".format(*rows[-1]), flush=True)
-        (_, first_speed, first_peak, *_), (_, last_speed, last_peak, *_) = rows[0], rows[-1]
+            print("{:10} {:9.0f} {:9.0f} {:9} {:8} {:8.0f}".format(*rows[-1]), flush=True)
+        first, last = rows[0], rows[-1]
         bound = (config.max_staleness + 1) * batch
-        print(f"groups/s {first_speed:.0f} -> {last_speed:.0f}; peak memory {first_peak:.0f} -> "
-              f"{last_peak:.0f} MiB ({last_peak / first_peak - 1:+.1%}); longest queues: tasks "
+        print(f"groups/s {first[1]:.0f} -> {last[1]:.0f}; peak memory {first[2]:.0f} -> "
+              f"{last[2]:.0f} MiB ({last[2] / first[2] - 1:+.1%}); live objects "
+              f"{last[3] / first[3] - 1:+.1%}; longest queues: tasks "
               f"{tasks.longest}, results {results.longest}, of at most {bound}")
-        flat = last_peak < 1.05 * first_peak
+        flat = last[2] < 1.1 * first[2] and last[3] < 1.05 * first[3]
         bounded = max(tasks.longest, results.longest) <= bound
         print("memory is flat, queues are bounded" if flat and bounded else "NOT flat or bounded")
         sys.stdout.flush()
