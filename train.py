@@ -631,6 +631,8 @@ class Curriculum:
             self.handed, self.issued = state["handed"], state["issued"]
             self.dropped, self.skipped = state["dropped"], state["skipped"]
             self.in_flight = dict(state["in_flight"])
+            if lost := self.in_flight.keys() - self.buffer.tasks.keys():
+                raise ValueError(f"the buffer lacks {min(lost)}, which is in flight")
             self.ready = [Result(Request(g.task, len(g.traces), g.handout_version), g)
                           for g in map(Group.from_json, state["ready"])]
 

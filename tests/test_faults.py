@@ -393,6 +393,8 @@ def append(name):
      ["step_6", "epoch", "delete it"]),
     (lambda d: rewrite(d / "curriculum.json", lambda c: c["buffer"]["tasks"][0].update(x=1)),
      ["step_6", "'x'", "delete it"]),
+    (lambda d: rewrite(d / "curriculum.json", lambda c: c["in_flight"].update(lost=6)),
+     ["step_6", "lost", "delete it"]),
     (lambda d: rewrite(d / "DONE", lambda _: [1]), ["step_6", "delete it"]),
     (lambda d: os.truncate(d.parent.parent / "groups.jsonl", 500), ["groups.jsonl", "start a new"]),
     (append("groups.jsonl"), ["groups.jsonl", "start a new"]),
