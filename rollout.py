@@ -553,8 +553,12 @@ class Engine:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        # vLLM's core and its worker wait for each other by spinning. With 0 a single rank on a CPU
+        # has both in one process, still apart from this one, and leaves the cores to the scripts.
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ["OMP_NUM_THREADS"] = str(config.threads)
         from vllm import AsyncEngineArgs
+        from vllm.platforms import current_platform
         from vllm.v1.engine.async_llm import AsyncLLM
 
         arguments = AsyncEngineArgs(
@@ -583,12 +587,20 @@ class Engine:
         async def start():
             return AsyncLLM.from_engine_args(arguments)
 
-        usual = os.environ.get("TMPDIR", tempfile.gettempdir())
-        os.environ["TMPDIR"] = self.temporary.name  # of the processes that it starts
+        # Of the processes that it starts. On a CPU, compiling takes longer than it ever saves.
+        theirs = {"TMPDIR": self.temporary.name}
+        if config.enforce_eager and current_platform.is_cpu():
+            theirs["TORCHDYNAMO_DISABLE"] = "1"
+        ours = {name: os.environ.get(name) for name in theirs}
+        os.environ.update(theirs)
         try:
             self.llm = self._wait(start())
         finally:
-            os.environ["TMPDIR"] = usual
+            for name, value in ours.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
 
     def _wait(self, coroutine):
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result()

@@ -819,7 +819,7 @@ attack(
 )
 attack(
     "inodes",
-    "for i in range(10_500): open(f'f{i}', 'w').close()\nimport time; time.sleep(5)",
+    "import os, time\nfor i in range(10_500): os.mkdir(f'd{i}')\ntime.sleep(5)",
     "error",
     reason="files",
 )
