@@ -3,8 +3,9 @@
 The same random-init Qwen3 of 5.2M parameters (hidden 256, 6 layers, vocabulary 2048), the same
 8 prompts x 8 completions of up to 200 tokens, a reward that costs nothing, the same number of
 threads. Ours: generation by vLLM, `Learner.step`, publication, weights into the engine, one after
-another (no overlap, which would only help us). TRL: its own generation by transformers, without
-gradient checkpointing, in float32 and in its default bfloat16; the faster of the two is compared.
+another; and overlapped, as train.py has it. TRL: its own generation by transformers, without
+gradient checkpointing, in float32; with --bf16 also in its default bfloat16, and the faster of the
+two is compared.
 
 TRL is not a dependency: install it into a venv of its own that sees this one's packages through
 a .pth file, so that both sides run the same torch and transformers.
@@ -24,8 +25,8 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,7 +66,9 @@ def reward(ids) -> float:
     return sum(i % 2 for i in ids) / max(len(ids), 1)
 
 
-def our_side(model_dir: Path, args: argparse.Namespace, dtype: str, share: bool) -> dict:
+def our_side(model_dir: Path, args: argparse.Namespace) -> dict:
+    """With --overlap the next batch is generated while this one is learnt from, as train.py does
+    it (eta = 1); engine and learner then have half of the threads each."""
     import numpy as np
     import torch
 
@@ -73,26 +76,33 @@ def our_side(model_dir: Path, args: argparse.Namespace, dtype: str, share: bool)
     from learner import Learner, LearnerConfig, Sequence
     from rollout import Engine, EngineConfig
 
-    torch.set_num_threads(args.threads)
+    threads = max(args.threads // 2, 1) if args.overlap else args.threads
+    torch.set_num_threads(threads)
     engine = Engine(model_dir, EngineConfig(max_model_len=args.prompt_tokens + RESPONSE,
-                                            max_num_seqs=PROMPTS * GENERATIONS,
-                                            threads=args.threads))
+                                            max_num_seqs=PROMPTS * GENERATIONS, threads=threads))
     learner = Learner(model_dir, LearnerConfig(
-        learning_rate=1e-6, max_response_tokens=RESPONSE, dtype=dtype, share_prompts=share))
-    rows = []
+        learning_rate=1e-6, max_response_tokens=RESPONSE, dtype=args.dtype,
+        share_prompts=not args.no_share))
+    pool = ThreadPoolExecutor(PROMPTS)
+
+    def group(prompt: list[int]):
+        return engine.generate(prompt, GENERATIONS, RESPONSE)[0], time.perf_counter()
+
+    def generate(step: int):
+        """(prompts, when they were asked for, futures of their groups)"""
+        prompts = prompt_ids(args.prompt_tokens, step)
+        return prompts, time.perf_counter(), [pool.submit(group, prompt) for prompt in prompts]
+
+    rows, batch = [], generate(0)
     for step in range(args.warmup + args.steps):
         start = time.perf_counter()
-        prompts, groups = prompt_ids(args.prompt_tokens, step), {}
-        threads = [threading.Thread(target=lambda i=i: groups.__setitem__(
-            i, engine.generate(prompts[i], GENERATIONS, RESPONSE)[0])) for i in range(PROMPTS)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        generated = time.perf_counter()
-        rewards = torch.tensor([[reward(c.token_ids) for c in groups[i]] for i in range(PROMPTS)])
+        prompts, asked, futures = batch if args.overlap or step == 0 else generate(step)
+        groups, answered = zip(*(future.result() for future in futures))
+        if args.overlap:
+            batch = generate(step + 1)
+        rewards = torch.tensor([[reward(c.token_ids) for c in row] for row in groups])
         advantages = grpo.group_advantages(rewards, "dr_grpo")  # (B, G)
-        cpu = time.process_time()
+        begin, cpu = time.perf_counter(), time.process_time()
         metrics = learner.step([
             Sequence(np.array(prompts[i] + list(c.token_ids), np.int32), len(prompts[i]),
                      np.asarray(c.logprobs, np.float32), float(advantages[i, j]))
@@ -101,10 +111,11 @@ def our_side(model_dir: Path, args: argparse.Namespace, dtype: str, share: bool)
         learner.publish(model_dir.parent / "published")
         engine.load(model_dir.parent / "published", learner.version)
         done = time.perf_counter()
-        rows.append(dict(generation=generated - start, learning=learned - generated,
+        rows.append(dict(generation=max(answered) - asked, learning=learned - begin,
                          learning_cpu=cpu, sync=done - learned, step=done - start,
                          tokens=metrics["tokens_total"], response_tokens=metrics["tokens"],
                          logprob_diff=metrics["logprob_diff"]))
+    pool.shutdown()
     engine.close()
     return average(rows[args.warmup :])
 
@@ -185,14 +196,17 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=1, help="steps before them (default 1)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
     parser.add_argument("--prompt-tokens", type=int, default=128, help="default 128")
+    parser.add_argument("--bf16", action="store_true", help="let TRL try bfloat16 too: quicker "
+                        "where the CPU computes in it, and many times slower where it does not")
     parser.add_argument("--side", choices=("ours", "trl"), help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--dtype", default="bfloat16", help=argparse.SUPPRESS)
+    parser.add_argument("--dtype", default="float32", help=argparse.SUPPRESS)
+    parser.add_argument("--overlap", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--no-share", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--trl-bf16", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side == "ours":
-        print(json.dumps(our_side(args.model, args, args.dtype, not args.no_share)))
+        print(json.dumps(our_side(args.model, args)))
         return
     if args.side == "trl":
         print(json.dumps(trl_side(args.model, args)))
@@ -204,13 +218,16 @@ def main() -> None:
         args.model = Path(directory) / "model"
         make_model(args.model)
         ours = run_side("ours", args, sys.executable)
+        overlapped = run_side("ours", args, sys.executable, "--overlap")
         run_side("ours", args, sys.executable, "--no-share")
-        run_side("ours", args, sys.executable, "--dtype", "float32")
-        trl = min((run_side("trl", args, args.trl_python, *options)
-                   for options in ((), ("--trl-bf16",))), key=lambda side: side["step"])
+        sides = ((), ("--trl-bf16",)) if args.bf16 else ((),)
+        trl = min((run_side("trl", args, args.trl_python, *options) for options in sides),
+                  key=lambda side: side["step"])
     print(f"\n{'':16}{'ours':>9}{'TRL':>9}{'ratio':>8}")
     for name in ("step", "generation", "learning", "learning_cpu"):
         print(f"{name + ', s':16}{ours[name]:9.2f}{trl[name]:9.2f}{trl[name] / ours[name]:8.2f}")
+    print(f"{'overlapped, s':16}{overlapped['step']:9.2f}{trl['step']:9.2f}"
+          f"{trl['step'] / overlapped['step']:8.2f}")
     for name in ("learner_tokens_per_second", "generated_tokens_per_second"):
         print(f"{name}: {ours[name]:.0f} against {trl[name]:.0f}")
 
