@@ -572,7 +572,7 @@ class Engine:
             gpu_memory_utilization=config.gpu_memory_utilization,
             kv_cache_memory_bytes=(int(config.kv_cache_gib * 2**30)
                                    if config.kv_cache_gib else None),
-            # The CPU kernel's tiles; vLLM's own 128 takes half as long again for short sequences.
+            # The CPU kernel's tiles: vLLM's own 128 takes 1.2 to 1.4 times as long at 300 tokens.
             block_size=32 if current_platform.is_cpu() else None,
             enable_prefix_caching=True,
             # After temperature, so that they are the behaviour policy's own log-probabilities.
