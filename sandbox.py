@@ -58,6 +58,7 @@ from __future__ import annotations
 import argparse
 import ast
 import atexit
+import contextlib
 import copy
 import csv
 import ctypes
@@ -1938,7 +1939,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["serve"]:  # the fork server, started by Sandbox
-        _serve(socket.socket(fileno=int(sys.argv[2])))
+        with contextlib.suppress(ConnectionError):  # the owner is gone
+            _serve(socket.socket(fileno=int(sys.argv[2])))
     else:
         try:
             sys.exit(main())
