@@ -887,8 +887,9 @@ def members():
         try:
             state, _, pgrp = stat.read_text().rpartition(')')[2].split()[:3]
             if int(pgrp) == group and state not in 'ZX':
+                # By inode: a semaphore is made under another name than it has then.
                 maps = (stat.parent / 'maps').read_text()
-                shared.update(re.findall('/dev/shm/(?:psm_|sem[.])[^ ]+$', maps, re.MULTILINE))
+                shared.update(re.findall(' ([0-9]+) +/dev/shm/(?:psm_|sem[.])', maps))
                 yield int(stat.parent.name), (stat.parent / 'cmdline').read_bytes()
         except OSError:
             pass  # it has ended meanwhile
@@ -912,8 +913,12 @@ while group and (alive := list(members())):
             try: os.kill(pid, signal.SIGKILL)
             except ProcessLookupError: pass
     select.select([], [], [], 0.05)
-for path in shared:
-    pathlib.Path(path).unlink(missing_ok=True)
+for path in pathlib.Path('/dev/shm').glob('*'):
+    try:
+        if path.name.startswith(('psm_', 'sem.')) and str(path.stat().st_ino) in shared:
+            path.unlink()
+    except OSError:
+        pass  # it has gone meanwhile
 for folder in folders:
     shutil.rmtree(folder, ignore_errors=True)
 """

@@ -759,20 +759,22 @@ FAKES = Path(__file__).with_name("fakes.py")
 def test_the_guard_unlinks_shared_memory_whose_tracker_was_killed():
     program = """
 import os, signal
-from multiprocessing import resource_tracker, shared_memory
+from multiprocessing import get_context, resource_tracker, shared_memory
 from train import start_guard
 memory = shared_memory.SharedMemory(create=True, size=100)
 resource_tracker.unregister(memory._name, "shared_memory")
+lock = get_context("spawn").Lock()
+resource_tracker.unregister(lock._semlock.name, "semaphore")
 if os.fork() == 0:  # who still uses it, as vLLM's worker does, when the owner is killed
     signal.pause()
 start_guard([])
-print(memory.name, flush=True)
+print(memory.name, "sem." + lock._semlock.name.strip("/"), flush=True)
 signal.pause()
 """
     owner = subprocess.Popen([sys.executable, "-c", program], cwd=Path(train.__file__).parent,
                              stdout=subprocess.PIPE, text=True, start_new_session=True)
-    path = Path("/dev/shm", owner.stdout.readline().strip())
-    assert path.exists()
+    paths = [Path("/dev/shm", name) for name in owner.stdout.readline().split()]
+    assert len(paths) == 2 and all(path.exists() for path in paths)
     owner.kill()
     owner.wait()
-    wait_until(lambda: not path.exists(), 10, "the end of the shared memory")
+    wait_until(lambda: not any(path.exists() for path in paths), 10, "the end of both")
