@@ -540,7 +540,7 @@ def _check_form(data: bytes, sample: Sample) -> None:
     rows, most_rows, most_fields = 0, 2 * sample.rows + 17, 2 * len(sample.columns) + 16
     if '"' in text:
         fields = map(len, csv.reader(io.StringIO(text, newline="")))
-    else:  # a line is a row: three times quicker
+    else:  # a line is a row: quicker
         text = text.replace("\r\n", "\n").replace("\r", "\n").rstrip("\n")
         fields = (line.count(",") + 1 for line in text.split("\n", most_rows + 1))
     try:

@@ -81,7 +81,7 @@ def our_side(model_dir: Path, args: argparse.Namespace) -> dict:
     engine = Engine(model_dir, EngineConfig(max_model_len=args.prompt_tokens + RESPONSE,
                                             max_num_seqs=PROMPTS * GENERATIONS, threads=threads))
     learner = Learner(model_dir, LearnerConfig(
-        learning_rate=1e-6, max_response_tokens=RESPONSE, dtype=args.dtype,
+        learning_rate=1e-6, max_response_tokens=RESPONSE, dtype="float32",
         share_prompts=not args.no_share))
     pool = ThreadPoolExecutor(PROMPTS)
 
@@ -200,7 +200,6 @@ def main() -> None:
                         "where the CPU computes in it, and many times slower where it does not")
     parser.add_argument("--side", choices=("ours", "trl"), help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--dtype", default="float32", help=argparse.SUPPRESS)
     parser.add_argument("--overlap", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--no-share", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--trl-bf16", action="store_true", help=argparse.SUPPRESS)

@@ -124,7 +124,7 @@ def main() -> int:
               f"{last[2]:.0f} MiB ({last[2] / first[2] - 1:+.1%}); live objects "
               f"{last[3] / first[3] - 1:+.1%}; longest queues: tasks "
               f"{tasks.longest}, results {results.longest}, of at most {bound}")
-        flat = last[2] < 1.1 * first[2] and last[3] < 1.05 * first[3]
+        flat = last[2] < 1.05 * first[2] and last[3] < 1.05 * first[3]
         bounded = max(tasks.longest, results.longest) <= bound
         print("memory is flat, queues are bounded" if flat and bounded else "NOT flat or bounded")
         sys.stdout.flush()

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import doctest
-import io
 import json
 import os
 import re
@@ -25,7 +24,6 @@ from pathlib import Path
 
 import hypothesis
 import numpy as np
-import pandas as pd
 import psutil
 import pytest
 from hypothesis import strategies as st
@@ -398,11 +396,7 @@ HEAVY = {  # about 5 MB each
 
 @pytest.mark.parametrize("name", HEAVY)
 def test_heavy_submissions_are_cheap(name):
-    """The memory bound always; the time bound at length (`FUZZ`), with the machine to itself.
-
-    It is 0.2 s of CPU, where pandas alone reads the legitimate file in 0.08 s: a slower machine gets
-    as many times more as pandas needs there.
-    """
+    """The memory bound always; the time bound at length (`FUZZ`), with the machine to itself."""
     sample = Sample(("id", "y"), 270_000 if "legitimate" in name else 1000, 6_000_000)
     seconds = []
     for measure_memory in (*[False] * (3 if "FUZZ" in os.environ else 0), True):
@@ -419,13 +413,7 @@ def test_heavy_submissions_are_cheap(name):
     tracemalloc.stop()
     assert peak < 100e6
     if "FUZZ" in os.environ:
-        alone = []
-        for _ in range(3):
-            start = time.process_time()
-            pd.read_csv(io.BytesIO(HEAVY["legitimate text"]))
-            alone.append(time.process_time() - start)
-        print(f"{name}: {min(seconds[:-1]):.3f} s, pandas alone {min(alone):.3f} s")
-        assert min(seconds[:-1]) <= 0.2 * max(1, min(alone) / 0.08)
+        assert min(seconds[:-1]) <= 0.2
 
 
 def test_a_submission_in_every_accepted_form():
