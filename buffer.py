@@ -88,6 +88,7 @@ class Trace:
     reward: float = 0.0  # what the policy is trained on: base + improve bonus
     reason: str = ""  # why it failed, in a line
     isolation: str = ""  # what confined the execution; "unsafe (...)" when something was missing
+    reused: bool = False  # not executed: an equal script had been, on the same competition
 
     def public(self) -> dict[str, Any]:
         """Every field but the token arrays, as JSON types: a line of traces.jsonl.

@@ -758,7 +758,7 @@ def describe_run(trace: Trace, run: Execution) -> None:
     trace.output = own_traceback(run.stderr_tail) or run.stdout_tail.strip()
     trace.validation_score, trace.valid, trace.score = run.validation_score, run.valid, run.score
     trace.medal, trace.human_rank, trace.reason = run.medal, run.human_rank, run.reason
-    trace.isolation = run.isolation
+    trace.isolation, trace.reused = run.isolation, run.reused
 
 
 def execute(trace: Trace, task: Task, competition: Competition, sandbox: Sandbox,
@@ -1325,6 +1325,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--threads", type=int, default=1, help="OpenMP and BLAS threads of a script")
     add("--memory-mb", type=int, default=2048, help="memory limit of a script, MB")
     add("--disk-mb", type=int, default=256, help="limit of what a script writes, MB")
+    add("--reuse-mb", type=float, default=256.0, help="memory for results of scripts: one that "
+        "comes again on the same competition is not run again; 0: all are run")
     add("--unsafe", action=switch, default=False, help="run scripts without isolation")
     # prompts and engine
     add("--temperature", type=float, default=1.0, help="sampling temperature")
@@ -1366,7 +1368,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             ("hours timeout", lambda x: 0 < x <= 1e6, "be in (0, 1e6]"),
             ("debug_probability crossover_probability", lambda x: 0 <= x <= 1, "be in [0, 1]"),
             ("drafts debug_depth temperature cpu_seconds kv_cache_gib description_chars "
-             "preview_chars output_chars memory_chars", lambda x: 0 <= x < math.inf,
+             "preview_chars output_chars memory_chars reuse_mb", lambda x: 0 <= x < math.inf,
              "be finite, and not negative")):
         for name in names.split():
             if not right(getattr(args, name)):
@@ -1439,7 +1441,7 @@ def run_evaluation(args: argparse.Namespace, competitions: list[Competition], fo
             slots=args.slots, timeout=args.timeout, cpu_seconds=args.cpu_seconds or None,
             memory_mb=args.memory_mb, disk_mb=args.disk_mb, file_mb=args.disk_mb,
             threads=args.threads,
-            gpus=gpus, unsafe=args.unsafe, attempts=2) as sandbox:
+            gpus=gpus, unsafe=args.unsafe, attempts=2, reuse_mb=args.reuse_mb) as sandbox:
         if sandbox.problem:
             print(f"rollout.py: scripts cannot be isolated here: {sandbox.problem}; --unsafe runs "
                   "them without isolation", file=sys.stderr)

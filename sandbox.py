@@ -18,8 +18,10 @@ do not describe the sandbox, so nearly everything here is our choice:
 5. [ours]  Limits: `timeout` is wall-clock time, `cpu_seconds` is CPU time. On shared cores they
            differ: bound CPU time tightly and give the wall clock about three times as much, because
            a script must not fail for its neighbours' work.
-6. [ours]  Runs are reproducible: seeds derive from the code, so equal scripts score equally.
-           Python's warnings are off by default (a script may switch them on).
+6. [ours]  Runs are reproducible: seeds derive from the code, so equal scripts score equally, and
+           a policy that has learnt repeats itself: with `reuse_mb` a script that has been run on
+           the competition is not run again. Python's warnings are off by default (a script may
+           switch them on).
 
     owner (trainer) -- control socket --> fork server -- fork --> nanny -- fork --> worker
     holds the answers,                    has the libraries,      one a run:        the script:
@@ -96,6 +98,7 @@ import traceback
 import types
 import warnings
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -587,6 +590,12 @@ class Execution:
     reason: str = ""
     isolation: str = ""  # "landlock+seccomp", or "unsafe (...)" with the layers that were in force
     submission: bytes | None = dataclasses.field(default=None, repr=False)  # what was graded
+    reused: bool = False  # not run: all of the above is from an equal script's run (`reuse_mb`)
+
+    @property
+    def complete(self) -> bool:
+        """The script ended by itself; no limit, kill or failing machine cut it short."""
+        return self.exit_code is not None and self.exit_code >= 0
 
 
 def base_reward(execution: Execution, kind: str = "rank") -> float:
@@ -1529,6 +1538,10 @@ class Sandbox:
     scratch       where work directories are made (default: the temporary directory)
     delay         mean seconds of an exponential sleep before each run, in its slot: scripts that
                   take long without using this machine, to measure asynchrony with
+    reuse_mb      memory for results: a script that comes again on the same competition, byte for
+                  byte, gets what its first complete run gave (0: every script is run). Equal
+                  scripts that come at the same time wait for one run. Exact on CPUs (see `seed`)
+                  for scripts that do not look at the clock
     """
 
     def __init__(
@@ -1537,7 +1550,7 @@ class Sandbox:
         threads: int = 1, cpus: list[list[int]] | None = None, gpus: list[str] | None = None,
         preload: tuple[str, ...] = PRELOAD, layers: tuple[str, ...] = ("landlock", "seccomp"),
         unsafe: bool = False, seed: int = 0, scratch: str | None = None, delay: float = 0.0,
-        attempts: int = 1,
+        attempts: int = 1, reuse_mb: float = 0.0,
     ):
         positive = {"slots": slots, "timeout": timeout, "memory_mb": memory_mb, "threads": threads,
                     "attempts": attempts}
@@ -1550,6 +1563,10 @@ class Sandbox:
         self.slots, self.timeout, self.cpu_seconds = slots, timeout, cpu_seconds
         self.threads, self.cpus, self.gpus, self.seed = threads, cpus, gpus, seed
         self.attempts, self.delay, self._delays = attempts, delay, random.Random(seed)
+        self.reuse_bytes, self._known_bytes = int(reuse_mb * 2**20), 0
+        self._known: dict[tuple, Execution] = {}  # complete runs; the last used stands last
+        self._running: dict[tuple, Future] = {}  # becomes the Execution, or None if not complete
+        self._known_lock = threading.Lock()  # guards these three
         self._limits = {
             "memory_mb": memory_mb, "file_mb": file_mb, "disk_mb": disk_mb, "output_kb": output_kb,
             "max_threads": 64 + 8 * threads,
@@ -1607,6 +1624,43 @@ class Sandbox:
         Blocks until a slot is free. timeout overrides the wall-clock limit. Never raises for what
         the script does.
         """
+        if not self.reuse_bytes:
+            return self._run(competition, code, timeout)
+        key, execution = (competition.public_dir, timeout, code), None
+        with self._known_lock:
+            if key in self._known:
+                execution = self._known[key] = self._known.pop(key)  # the last used stands last
+                return dataclasses.replace(execution, reused=True)
+            future = self._running.get(key)
+            if first := future is None:
+                future = self._running[key] = Future()
+        if not first and (execution := future.result()):
+            return dataclasses.replace(execution, reused=True)
+        try:
+            execution = self._run(competition, code, timeout)
+        finally:
+            if first:
+                complete = execution is not None and execution.complete
+                with self._known_lock:
+                    del self._running[key]
+                    if complete:
+                        self._remember(key, execution)
+                future.set_result(execution if complete else None)
+        return execution
+
+    def _remember(self, key: tuple, execution: Execution) -> None:
+        """Keep a result; those used longest ago make room for it."""
+        def size(key, run):
+            return 2048 + sum(map(len, (key[-1], run.stdout_tail, run.stderr_tail,
+                                        run.submission or b"")))
+
+        self._known[key] = execution
+        self._known_bytes += size(key, execution)
+        while self._known_bytes > self.reuse_bytes:
+            oldest = next(iter(self._known))
+            self._known_bytes -= size(oldest, self._known.pop(oldest))
+
+    def _run(self, competition: Competition, code: str, timeout: float | None) -> Execution:
         problem = self.problem or self._exposed(competition)
         if problem:
             return Execution("refused", reason=problem, isolation=self.isolation)
@@ -1932,7 +1986,7 @@ def main(arguments: list[str] | None = None) -> int:
     if execution.isolation.startswith("unsafe") and execution.status != "refused":
         print(f"sandbox.py: WARNING: isolation: {execution.isolation}", file=sys.stderr)
     facts = dataclasses.asdict(execution) | {"reward": base_reward(execution, options.reward)}
-    del facts["submission"]
+    del facts["submission"], facts["reused"]
     print(json.dumps(facts))
     return 3 if execution.status == "refused" else 0
 

@@ -187,6 +187,8 @@ class Config:
     cpu_seconds: float = opt(3.0, "CPU limit of a script, seconds")
     memory_mb: int = opt(2048, "memory limit of a script, MB")
     disk_mb: int = opt(256, "limit of what a script writes, MB")
+    reuse_mb: float = opt(256.0, "memory of a rollout rank for results of scripts, MB: one that comes "
+                                 "again on the same competition is not run again; 0: all are run")
     sandbox_delay: float = opt(0.0, "sleep this long on average (exponential) before each script, "
                                     "in its slot, seconds; to measure asynchrony with slow scripts")
     unsafe: bool = opt(False, "run scripts without isolation where the system offers none")
@@ -312,7 +314,7 @@ BOUNDS = (
     (lambda x: x >= 0, "at least 0",
      "seed eval_drafts max_staleness watchdog clip_low clip_high tis_cap kl_coef entropy_coef "
      "gap_penalty max_depth epsilon warmup_steps kv_cache_gib description_chars preview_chars "
-     "output_chars sandbox_delay"),
+     "output_chars sandbox_delay reuse_mb"),
 )
 MOST = {int: 2**32, float: 2e6}
 
@@ -702,6 +704,7 @@ def batch_metrics(results: list[Result], version: int) -> dict:
         "unique_scripts": len({t.code_key for t in traces if t.code}),
         "unchanged_rate": np.mean([t.code_key in [p.code_key for p in g.task.parents]
                                    for g in groups for t in g.traces]),
+        "reused_rate": np.mean([t.reused for t in traces]),
         "response_tokens": np.mean([len(t.response_ids) for t in traces]),
         "seconds_rollout": np.mean([r.seconds_rollout for r in results]),
         "seconds_sandbox": np.mean([r.seconds_sandbox for r in results]),
@@ -1006,7 +1009,7 @@ def rollout_main(config: Config, rank: int, address, key: bytes) -> None:
                       gpus=gpus_of_slots(config.sandbox_gpus, config.sandbox_slots,
                                          rank * config.sandbox_slots),
                       unsafe=config.unsafe, scratch=str(scratch),
-                      delay=config.sandbox_delay, attempts=2)
+                      delay=config.sandbox_delay, attempts=2, reuse_mb=config.reuse_mb)
     if sandbox.problem:
         print(f"rollout rank {rank}: scripts cannot be isolated here: {sandbox.problem}; --unsafe "
               "runs them without isolation", file=sys.stderr)

@@ -33,7 +33,8 @@ def run(eta: int, folder: Path, args: argparse.Namespace) -> dict[str, float]:
     """One training run: means over its steps, and its final quality."""
     command = [sys.executable, ROOT / "train.py", "--preset", "tiny", "--model", args.model,
                "--run-dir", folder, "--heldout", "", "--steps", args.steps, "--max-staleness", eta,
-               "--sandbox-delay", args.delay, "--sandbox-slots", args.slots, "--eval-drafts",
+               "--sandbox-delay", args.delay, "--sandbox-slots", args.slots, "--reuse-mb", 0,
+               "--eval-drafts",
                args.drafts, "--checkpoint-every", args.steps, *args.flags]
     subprocess.run([str(word) for word in command], check=True)
     return measure(folder)

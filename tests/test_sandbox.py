@@ -770,6 +770,72 @@ def test_delay_sleeps_in_the_slot_exponentially(competition):
         assert time.monotonic() - started > 0.8
 
 
+def counted(sandbox):
+    """The scripts that the sandbox really executes from now on."""
+    executed, execute = [], sandbox._execute
+
+    def count(slot, competition, code, timeout):
+        executed.append(code)
+        return execute(slot, competition, code, timeout)
+
+    sandbox._execute = count
+    return executed
+
+
+def test_reuse_runs_equal_scripts_once(competition, tmp_path):
+    other = make_competition(tmp_path / "other")
+    with Sandbox(2, reuse_mb=1, **LIGHT) as sandbox, ThreadPoolExecutor(8) as pool:
+        if sandbox.problem:
+            pytest.skip(sandbox.problem)
+        executed = counted(sandbox)
+        slow = "import time; time.sleep(0.3)\n" + GOOD  # all eight come while the first one runs
+        runs = list(pool.map(lambda _: sandbox.run(competition, slow), range(8)))
+        assert executed == [slow] and sorted(run.reused for run in runs) == [False] + [True] * 7
+        assert len({(run.score, run.seconds, run.submission) for run in runs}) == 1
+        assert sandbox.run(competition, slow).reused and executed == [slow]
+        assert not sandbox.run(competition, slow + "#").reused  # another script
+        assert not sandbox.run(competition, slow, timeout=50).reused  # another limit
+        assert not sandbox.run(other, slow).reused  # other data
+        crash = "raise ValueError('no')"
+        runs = [sandbox.run(competition, crash) for _ in range(2)]
+        assert [(run.status, run.reused) for run in runs] == [("error", False), ("error", True)]
+        assert len(executed) == 5
+
+
+def test_reuse_keeps_only_runs_that_ended_by_themselves(competition):
+    """A time-out or a dying fork server may be the machine's doing: equal scripts run again, those
+    that waited for the first one as well."""
+    endless, dies = "while True: pass", "import time; time.sleep(60)"
+    with Sandbox(2, reuse_mb=1, **LIGHT) as sandbox, ThreadPoolExecutor(4) as pool:
+        if sandbox.problem:
+            pytest.skip(sandbox.problem)
+        executed = counted(sandbox)
+        runs = list(pool.map(lambda _: sandbox.run(competition, endless, timeout=0.5), range(3)))
+        assert [(run.status, run.reused) for run in runs] == [("timeout", False)] * 3
+        assert executed == [endless] * 3
+        run = pool.submit(sandbox.run, competition, dies, 60)
+        assert wait_until(lambda: executed[-1] == dies)
+        os.kill(sandbox._process.pid, signal.SIGKILL)
+        assert run.result().status == "error" and not sandbox._known and not sandbox._running
+
+
+def test_reuse_forgets_what_was_used_longest_ago(competition):
+    """0.01 MB hold three of these results; the first stays because it is used again and again."""
+    with Sandbox(1, reuse_mb=0.01, **LIGHT) as sandbox:
+        if sandbox.problem:
+            pytest.skip(sandbox.problem)
+        first, *others = [f"print('{'x' * 1000}'); VALUE = {i}" for i in range(6)]
+        executed = counted(sandbox)
+        for other in others:
+            sandbox.run(competition, first)
+            sandbox.run(competition, other)
+            assert 0 < sandbox._known_bytes <= 0.01 * 2**20
+        assert executed == [first, *others] and sandbox.run(competition, others[-1]).reused
+        assert not sandbox.run(competition, others[0]).reused
+        sandbox.run(competition, f"print('{'x' * 20000}')")  # larger than all there is: not kept
+        assert sandbox._known_bytes == 0 and not sandbox._known
+
+
 MIXTURE = [
     ("good", GOOD, "ok"),
     ("crash", "raise RuntimeError(NAME)", "error"),
