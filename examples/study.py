@@ -73,6 +73,9 @@ ARMS = {
     "milestone": Arm("reward: milestones", ("--reward", "milestone")),
     "medal": Arm("reward: medals only", ("--reward", "medal")),
 }
+KEPT = ("competition_id seed valid medal score human_rank above_median first_draft_valid "
+        "steps_to_first_valid").split()  # of a row of report.json
+PLACES = "model competitions heldout data_dir run_dir resume".split()  # of train.py's settings
 BEFORE = "before"  # the policy that all arms start from
 SPLITS = {"train": "training", "dev": "development", "heldout": "held-out"}
 
@@ -131,7 +134,8 @@ def training_summary(run: Path) -> dict:
         "minutes": sum(r["seconds_step"] for r in rows) / 60,
         "resumed": json.loads(checkpoint.read_text())["epoch"],  # how often
         "unique_scripts": [r["unique_scripts"] for r in rows],
-        "config": config,
+        "reused_rate": [r["reused_rate"] for r in rows],
+        "config": {name: value for name, value in config.items() if name not in PLACES},
     }
 
 
@@ -144,7 +148,7 @@ def evaluate(arm: str, model: Path, splits: list[str], folder: Path, args: argpa
           "--steps", args.agent_steps, "--seeds", args.eval_seeds, "--cpu-seconds",
           Config.cpu_seconds, "--parallel", args.parallel, "--max-num-seqs", args.parallel,
           *(ARMS[arm].agent if arm in ARMS else ())], folder.with_suffix(".log"))
-    rows = json.loads(out.read_text())["runs"]
+    rows = [{name: row[name] for name in KEPT} for row in json.loads(out.read_text())["runs"]]
     return {split: [r for r in rows if r["competition_id"] in args.ids[split]]
             for split in splits}
 
