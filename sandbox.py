@@ -539,24 +539,30 @@ def _check_form(data: bytes, sample: Sample) -> None:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         refuse(f"is not UTF-8 text (byte {error.start})")
+    most_rows, most_fields = 2 * sample.rows + 17, 2 * len(sample.columns) + 16
     csv.field_size_limit(max(csv.field_size_limit(), sample.max_bytes))
-    rows, most_rows, most_fields = 0, 2 * sample.rows + 17, 2 * len(sample.columns) + 16
-    if '"' in text:
-        fields = map(len, csv.reader(io.StringIO(text, newline="")))
-    else:  # a line is a row: quicker
-        text = text.replace("\r\n", "\n").replace("\r", "\n").rstrip("\n")
-        fields = (line.count(",") + 1 for line in text.split("\n", most_rows + 1))
     try:
-        for rows, count in enumerate(fields, 1):
-            if count > most_fields:
-                where = f"row {rows - 1}" if rows > 1 else "the header"
-                refuse(f"has {count} fields in {where}, expected {len(sample.columns)} columns")
-            if rows > most_rows:
-                refuse(f"has too many rows, expected {sample.rows}")
+        counts = _fields_of_rows(data, most_rows) if b'"' not in data else np.fromiter(
+            map(len, itertools.islice(csv.reader(io.StringIO(text, newline="")), most_rows + 1)), int)
     except csv.Error as error:
         refuse(f"is not valid CSV: {_one_line(error)}")
-    if rows < 2:
+    if len(counts) and counts.max() > most_fields:
+        row = int(np.argmax(counts > most_fields))
+        where = f"row {row}" if row else "the header"
+        refuse(f"has {counts[row]} fields in {where}, expected {len(sample.columns)} columns")
+    if len(counts) > most_rows:
+        refuse(f"has too many rows, expected {sample.rows}")
+    if len(counts) < 2:
         refuse("has a header but no rows")
+
+
+def _fields_of_rows(data: bytes, most: int) -> np.ndarray:
+    """(R,) number of fields of each row of a CSV text without quotes; R is at most `most` + 1."""
+    data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n").rstrip(b"\n")
+    symbols = np.frombuffer(data, np.uint8)
+    ends = np.append(np.flatnonzero(symbols == ord("\n")), len(data))[: most + 1]
+    commas = np.flatnonzero(symbols[: ends[-1]] == ord(","))
+    return np.diff(np.searchsorted(commas, ends), prepend=0) + 1
 
 
 # -- Executions and rewards -----------------------------------------------------------------------
