@@ -592,6 +592,13 @@ class Curriculum:
                 self.ready = young
             self.hand_out()
 
+    def metrics(self) -> dict:
+        """Its part of a row of metrics.jsonl."""
+        with self.changed:  # groups go on arriving
+            return ({f"buffer_{operator}": n for operator, n in self.buffer.counts().items()}
+                    | self.sampler.metrics()
+                    | {"dropped": self.dropped, "skipped_prompts": self.skipped})
+
     def evaluate(self, requests: list[Request], progress=lambda: None) -> list[Result]:
         """Hand out evaluation requests and wait for all of their results."""
         results = []
@@ -1247,10 +1254,7 @@ class Run:
         synced = time.monotonic()
         curriculum.stepped(learner.version)
         self.step += 1
-        metrics |= {f"buffer_{op}": n for op, n in curriculum.buffer.counts().items()}
-        metrics |= curriculum.sampler.metrics()
-        return metrics | {
-            "dropped": curriculum.dropped, "skipped_prompts": curriculum.skipped,
+        return metrics | curriculum.metrics() | {
             "seconds_wait": waited - started, "seconds_learn": learnt - waited,
             "seconds_sync": synced - learnt, "seconds_step": time.monotonic() - started}
 

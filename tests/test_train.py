@@ -114,6 +114,29 @@ def test_no_group_is_older_than_eta(stale, eta):
         assert curriculum.buffer.sequence == config.steps * config.groups  # nothing is lost
 
 
+def test_metrics_are_taken_while_groups_arrive():
+    """The learner's thread counts tasks while the curriculum's adds and evicts them."""
+    config = make_config(steps=10**6)
+    curriculum, engine = make_curriculum(config), FakeEngine()
+    worker = start_workers(curriculum, engine, threads=3)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        curriculum.start()
+        while curriculum.buffer.sequence < 300:
+            curriculum.next_batch()
+            engine.version += 1
+            curriculum.stepped(engine.version)
+            for _ in range(20):
+                metrics = curriculum.metrics()
+                assert metrics["buffer_draft"] == len(COMPETITIONS)
+    finally:
+        sys.setswitchinterval(interval)
+        curriculum.tasks.put(None)
+        worker.join()
+        curriculum.results.put(None)
+
+
 def test_a_late_group_of_fresh_tokens_is_not_dropped():
     """Handed out at version 0, it waited for a free thread and was sampled at version 3: the age of
     its oldest token counts."""
