@@ -1344,7 +1344,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 # Flags that change how fast an evaluation is, or how far it goes, but no run of it.
-FREE = "config out parallel slots sandbox_gpus seeds competitions data_dir allow_overlap".split()
+FREE = ("config out parallel slots sandbox_gpus reuse_mb seeds competitions data_dir "
+        "allow_overlap").split()
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -542,8 +542,11 @@ def _check_form(data: bytes, sample: Sample) -> None:
     most_rows, most_fields = 2 * sample.rows + 17, 2 * len(sample.columns) + 16
     csv.field_size_limit(max(csv.field_size_limit(), sample.max_bytes))
     try:
-        counts = _fields_of_rows(data, most_rows) if b'"' not in data else np.fromiter(
-            map(len, itertools.islice(csv.reader(io.StringIO(text, newline="")), most_rows + 1)), int)
+        if b'"' in data:
+            rows = itertools.islice(csv.reader(io.StringIO(text, newline="")), most_rows + 1)
+            counts = np.fromiter(map(len, rows), int)
+        else:  # a line is a row: far quicker
+            counts = _fields_of_rows(data, most_rows)
     except csv.Error as error:
         refuse(f"is not valid CSV: {_one_line(error)}")
     if len(counts) and counts.max() > most_fields:
@@ -601,7 +604,8 @@ class Execution:
     @property
     def complete(self) -> bool:
         """The script ended by itself; no limit, kill or failing machine cut it short."""
-        return self.exit_code is not None and self.exit_code >= 0
+        return (self.exit_code is not None and self.exit_code >= 0
+                and self.status not in ("timeout", "memory", "refused"))
 
 
 def base_reward(execution: Execution, kind: str = "rank") -> float:

@@ -8,9 +8,8 @@ rollout threads. Prints groups/s, the peak memory and the live Python objects of
 groups, from when the buffer is full. The queues must stay within what the staleness rule allows, the
 memory must not grow: a leak shows as more live objects, fragmented memory as a larger peak alone.
 
-Judged are the tenths after the third. Until then a full buffer still settles: its tasks are replaced
-three times a tenth (at full size), the ids of replaced ancestors stay in the lineages of those that
-came from them, and the dictionaries grow once more.
+Judged is the last tenth against the first. Growth from the fourth on is printed beside it: until then a
+full buffer may still settle (its dictionaries grow once more, lineages fill up).
 """
 
 import argparse
@@ -122,9 +121,9 @@ def main() -> int:
             rows.append((buffer.sequence, speed, peak_mib(), sys.getallocatedblocks(), len(buffer),
                          os.path.getsize(Path(folder) / "groups.jsonl") / 2**20))
             print("{:10} {:9.0f} {:9.0f} {:9} {:8} {:8.0f}".format(*rows[-1]), flush=True)
-        first, last = rows[3], rows[-1]
+        first, last = rows[0], rows[-1]
         bound = (config.max_staleness + 1) * batch
-        for row, what in ((rows[0], "all tenths"), (first, "from the fourth tenth on")):
+        for row, what in ((first, "all tenths"), (rows[3], "from the fourth tenth on")):
             print(f"{what}: groups/s {row[1]:.0f} -> {last[1]:.0f}; peak memory {row[2]:.0f} -> "
                   f"{last[2]:.0f} MiB ({last[2] / row[2] - 1:+.1%}); live objects "
                   f"{last[3] / row[3] - 1:+.1%}")

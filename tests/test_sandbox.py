@@ -813,6 +813,9 @@ def test_reuse_keeps_only_runs_that_ended_by_themselves(competition):
         runs = list(pool.map(lambda _: sandbox.run(competition, endless, timeout=0.5), range(3)))
         assert [(run.status, run.reused) for run in runs] == [("timeout", False)] * 3
         assert executed == [endless] * 3
+        greedy = "x = bytearray(10**12)"  # MemoryError, exit code 1
+        runs = [sandbox.run(competition, greedy) for _ in range(2)]
+        assert [(run.status, run.reused) for run in runs] == [("memory", False)] * 2
         run = pool.submit(sandbox.run, competition, dies, 60)
         assert wait_until(lambda: executed[-1] == dies)
         os.kill(sandbox._process.pid, signal.SIGKILL)
