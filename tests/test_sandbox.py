@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+import csv
 import doctest
+import io
 import json
 import os
 import re
@@ -30,8 +32,9 @@ from hypothesis import strategies as st
 
 import sandbox as module
 from sandbox import (
-    Competition, CompetitionError, Execution, Sample, Sandbox, SubmissionError, base_reward,
-    code_key, load_competitions, medal_ranks, read_submission, seccomp_program, step_reward,
+    Competition, CompetitionError, Execution, Sample, Sandbox, SubmissionError, _fields_of_rows,
+    base_reward, code_key, load_competitions, medal_ranks, read_submission, seccomp_program,
+    step_reward,
 )  # fmt: skip
 from test_sandbox_attacks import make_competition
 
@@ -368,6 +371,16 @@ def test_fuzz_the_reader(data):
         assert "\n" not in str(error) and len(str(error)) < 500
         return
     assert len(set(frame.columns)) == len(frame.columns) <= 20 and len(frame) <= 36
+
+
+@hypothesis.settings(max_examples=FUZZ, deadline=None)
+@hypothesis.given(st.text(alphabet='",\n\ra \N{SNOWMAN}', max_size=60))
+def test_fuzz_fields_are_counted_as_the_csv_module_does(text):
+    counts = _fields_of_rows(text.encode(), 100).tolist()
+    expected = [max(len(row), 1) for row in csv.reader(io.StringIO(text, newline=""))]
+    rows = len(counts)
+    assert counts + [1] * (len(expected) - rows) == expected + [1] * (rows - len(expected))
+    assert _fields_of_rows(text.encode(), 3).tolist() == counts[:4]
 
 
 HEAVY = {  # about 5 MB each
@@ -1151,7 +1164,7 @@ def test_fuzz_the_reader_at_length():
         "-x",
         __file__,
         "-k",
-        "fuzz_the_reader or heavy",
+        "fuzz or heavy",
         "-m",
         "not long",
     ]
