@@ -51,8 +51,14 @@ OPERATORS = ("draft", "improve", "debug", "crossover")
 # ------------------------------------------------------------------------------------- records
 
 
-def _empty(dtype):
-    return field(default_factory=lambda: np.zeros(0, dtype))
+# The token arrays of a trace. What a task keeps of its parent has none, and there are many tasks: all
+# share these; three empty arrays of their own would be 336 bytes a task.
+NO_TOKENS = {"prompt_ids": np.zeros(0, np.int32), "response_ids": np.zeros(0, np.int32),
+             "logprobs": np.zeros(0, np.float32)}
+
+
+def _empty(name: str):
+    return field(default_factory=lambda: NO_TOKENS[name])
 
 
 @dataclass(eq=False)
@@ -68,9 +74,9 @@ class Trace:
     operator: str
     depth: int = 0  # of its task: 0 for a draft
     parent_id: str | None = None  # id of the trace that its task starts from
-    prompt_ids: np.ndarray = _empty(np.int32)  # (P,)
-    response_ids: np.ndarray = _empty(np.int32)  # (T,)
-    logprobs: np.ndarray = _empty(np.float32)  # (T,) the behaviour policy's, from the engine
+    prompt_ids: np.ndarray = _empty("prompt_ids")  # (P,)
+    response_ids: np.ndarray = _empty("response_ids")  # (T,)
+    logprobs: np.ndarray = _empty("logprobs")  # (T,) the behaviour policy's, from the engine
     policy_version: int = 0  # of the oldest token
     finish_reason: str = "stop"  # stop | length
     code: str = ""  # "" when the response holds none
@@ -96,26 +102,23 @@ class Trace:
         Scores that are not finite become None, since JSON has no NaN.
         """
         return {f.name: _plain(getattr(self, f.name)) for f in fields(self)
-                if f.name not in TOKEN_FIELDS}
+                if f.name not in NO_TOKENS}
 
     def to_json(self) -> dict[str, Any]:
         """Every field as JSON types; `from_json` gives the same trace back, bit by bit."""
         return self.public() | {name: np.asarray(getattr(self, name)).tolist()
-                                for name in TOKEN_FIELDS}
+                                for name in NO_TOKENS}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Trace:
         """Inverse of `to_json`, and of `public` (the token arrays are then empty)."""
-        arrays = {name: np.array(data[name], dtype) for name, dtype in TOKEN_FIELDS.items()
+        arrays = {name: np.array(data[name], none.dtype) for name, none in NO_TOKENS.items()
                   if name in data}
         return cls(**(data | arrays))
 
     def without_tokens(self) -> Trace:
         """A copy that holds no token arrays: what a task keeps of its parent."""
-        return replace(self, **{name: np.zeros(0, t) for name, t in TOKEN_FIELDS.items()})
-
-
-TOKEN_FIELDS = {"prompt_ids": np.int32, "response_ids": np.int32, "logprobs": np.float32}
+        return replace(self, **NO_TOKENS)
 
 
 def _plain(value):
