@@ -47,8 +47,9 @@ KL_KINDS = ("k1", "k2", "k3")
 
 
 def group_advantages(
-    rewards: Tensor, kind: str = "grpo", eps: float = 1e-6, tolerance: float = 1e-6
-) -> Tensor:
+    rewards: Tensor, kind: str = "grpo", eps: float = 1e-6, tolerance: float = 1e-6,
+    copies: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Group-relative advantages: how much better a trace did than its group.
 
     Args:
@@ -56,6 +57,11 @@ def group_advantages(
         kind: `grpo` (r - mean) / (std + eps), std with ddof 0; `dr_grpo` r - mean.
         eps: added to the standard deviation.
         tolerance: a group whose rewards lie within it is degenerate: nothing to learn, zeros.
+        copies: (B, G) how many of the group have this response's answer, itself included: equal
+            answers then count as one, in the group's mean and in the sum of its advantages.
+            [ours] Without it, what is common is reinforced for being common, and a policy that
+            settles on one answer finds no better one ("Rewarding the Unlikely", arXiv 2506.02355,
+            has another remedy). None: each counts.
 
     Returns:
         (B, G) advantages, in the dtype of `rewards`.
@@ -69,6 +75,9 @@ def group_advantages(
     >>> group_advantages(rewards, kind="dr_grpo")
     tensor([[-0.5000,  0.5000,  0.5000, -0.5000],
             [ 0.0000,  0.0000,  0.0000,  0.0000]])
+    >>> group_advantages(rewards, "dr_grpo", copies=torch.tensor([[1, 2, 2, 1], [1, 1, 1, 1]]))
+    tensor([[-0.3333,  0.3333,  0.3333, -0.3333],
+            [ 0.0000,  0.0000,  0.0000,  0.0000]])
     """
     if kind not in ADVANTAGES:
         raise ValueError(f"unknown advantage {kind!r}: choose one of {', '.join(ADVANTAGES)}")
@@ -76,10 +85,13 @@ def group_advantages(
         raise ValueError(f"rewards must be (B, G), got the shape {tuple(rewards.shape)}")
     if not torch.isfinite(rewards).all():
         raise ValueError("rewards must be finite")
-    centred = rewards - rewards.mean(dim=1, keepdim=True)  # (B, G)
+    weights = torch.ones_like(rewards) if copies is None else 1 / copies.to(rewards)  # (B, G)
+    share = weights / weights.sum(dim=1, keepdim=True)  # (B, G)
+    centred = rewards - (share * rewards).sum(dim=1, keepdim=True)  # (B, G)
     if kind == "grpo":
-        std = rewards.std(dim=1, keepdim=True, correction=0)  # (B, 1)
+        std = (share * centred**2).sum(dim=1, keepdim=True).sqrt()  # (B, 1)
         centred = centred / (std + eps)  # (B, G)
+    centred = centred * weights  # (B, G)
     spread = rewards.amax(dim=1, keepdim=True) - rewards.amin(dim=1, keepdim=True)  # (B, 1)
     # Rounding leaves 1e-8 of noise in a group of equal rewards, and the division by std + eps
     # would turn that noise into a signal.

@@ -134,6 +134,8 @@ class Config:
     advantage: str = opt("dr_grpo", "group-relative advantage: with (grpo) or without (dr_grpo) "
                                     "division by the standard deviation",
                          choices=["grpo", "dr_grpo"])
+    distinct: bool = opt(True, "equal scripts of a group count as one in its advantages, which keeps "
+                               "exploration alive")
     loss: str = opt("dr_grpo", "policy loss", choices=["grpo", "dr_grpo", "dapo", "gspo", "cispo"])
     clip_low: float = opt(0.2, "the ratio is clipped below at 1 - this")
     clip_high: float = opt(0.28, "the ratio is clipped above at 1 + this; more than clip-low keeps "
@@ -174,7 +176,8 @@ class Config:
     # --- the engine
     engine_dtype: str = opt("float32", "dtype of the vLLM engine", choices=["float32", "bfloat16"])
     max_model_len: int = opt(1024, "prompt + response, tokens")
-    max_response_tokens: int = opt(256, "longest response, tokens")
+    max_response_tokens: int = opt(64, "longest response, tokens; scripts that work have up to 47 here, and "
+                                       "what runs on is garbage that outweighs the others")
     max_num_seqs: int = opt(96, "sequences decoded together")
     kv_cache_gib: float = opt(0.5, "key-value cache, GiB; 0: vLLM's fraction of the GPU memory")
     logprob_gap_limit: float = opt(0.02, "mean |engine - learner| log-probability on the probe "
@@ -681,7 +684,10 @@ def make_batch(results: list[Result], config: Config) -> list:
     sequences = []
     for group in (r.group for r in results):
         rewards = torch.tensor(group.rewards, dtype=torch.float64)[None]  # (1, G)
-        advantages = group_advantages(rewards, kind=config.advantage)[0]  # (G,)
+        # A response without code equals no other one.
+        keys = [trace.code_key or trace.id for trace in group.traces]
+        copies = torch.tensor([keys.count(key) for key in keys])[None] if config.distinct else None
+        advantages = group_advantages(rewards, config.advantage, copies=copies)[0]  # (G,)
         if not advantages.any():
             continue
         for trace, advantage in zip(group.traces, advantages.tolist()):

@@ -202,7 +202,7 @@ MISTAKES = (
     "form",  # labels where probabilities are asked, or the other way round
     "kind",  # a regressor for classes, a classifier for numbers
     "variable",  # a name that was never assigned
-    "length",  # predictions for the hold-out, not for the test rows
+    "length",  # predictions for the training rows, not for the test rows
     "index",  # the data frame's index becomes a column of the submission
     "save",  # the submission is written under another name
     "fit",  # the model is never fitted
@@ -230,7 +230,6 @@ class Script:
     module: str
     model: str  # class with arguments; Kind stands for Classifier or Regressor
     steps: tuple[str, ...]
-    holdout: str
     fill: str
     mistakes: frozenset[str]
 
@@ -246,8 +245,7 @@ class Script:
             arguments += (", " if arguments else "") + "random_state=0"
         return cls(
             spelt=rng.random() < 0.2, module=module, model=f"{name}({arguments})",
-            steps=pick(rng, STEPS)[1], holdout=rng.choice(("0.2", "0.25", "0.3")),
-            fill=rng.choice(("X.median()", "X.mean()", "0")),
+            steps=pick(rng, STEPS)[1], fill=rng.choice(("X.median()", "X.mean()", "0")),
             mistakes=frozenset(m for m in MISTAKES if rng.random() < rate))
 
     def source(self, spec: bench.Spec, rng: random.Random) -> str:
@@ -260,11 +258,9 @@ class Script:
             kind = "Regressor" if spec.labels else "Classifier"
         model = f"{self.module}.{self.model.replace('Kind', kind)}"
         probability = (metric.form == "probability") != (wrong("form") and bool(spec.labels))
-        column = "" if multi and metric.form == "probability" else "[:, 1]"
-
-        def predict(x):
-            return f"model.predict_proba({x}){column}" if probability else f"model.predict({x})"
-
+        method = "predict_proba" if probability else "predict"
+        # Of two classes the second one's probability.
+        column = "[:, 1]" if probability and not (multi and metric.form == "probability") else ""
         function = {"accuracy": "accuracy_score", "f1": "f1_score", "roc_auc": "roc_auc_score",
                     "log_loss": "log_loss", "rmse": "root_mean_squared_error",
                     "mae": "mean_absolute_error"}[spec.metric]
@@ -304,19 +300,17 @@ class Script:
                 f"step = preprocessing.{step}.fit(X)",
                 "X, X_test = step.transform(X), step.transform(X_test)")),
             f"model = {model}",
-            "X_a, X_b, y_a, y_b = model_selection.train_test_split("
-            f"X, y, test_size={self.holdout}, random_state=0)",
+            # All rows judge: a hold-out of 50 is too few to choose the best of twenty scripts by.
+            f'pred = model_selection.cross_val_predict(model, X, y, cv=4, method="{method}"){column}',
+            f'print("validation score:", metrics.{function}(y, pred))',
         ]
         if not wrong("fit"):
-            lines.append("model.fit(X_a, y_a)")
-        lines.append(f'print("validation score:", metrics.{function}(y_b, {predict("X_b")}))')
-        if not wrong("fit"):
             lines.append("model.fit(X, y)")
-        rows = "X_tset" if wrong("variable") else "X_b" if wrong("length") else "X_test"
+        rows = "X_tset" if wrong("variable") else "X" if wrong("length") else "X_test"
         place = "sub[sub.columns[1:]]" if multi and probability else "sub[target]"
         name = "output.csv" if wrong("save") else "submission.csv"
         lines += [
-            f"{place} = {predict(rows)}",
+            f"{place} = model.{method}({rows}){column}",
             f'sub.to_csv("{name}")' if wrong("index") else f'sub.to_csv("{name}", index=False)',
         ]
         return "\n".join(lines) + "\n"
@@ -372,7 +366,7 @@ def answer_to(operator: str, parent: Script | None, spec: bench.Spec, rate: floa
     answer = Script.draw(rng, spec, rate)
     if operator == "draft":
         return answer
-    answer = replace(answer, spelt=parent.spelt, fill=parent.fill, holdout=parent.holdout)
+    answer = replace(answer, spelt=parent.spelt, fill=parent.fill)
     if operator == "debug":
         return replace(answer, module=parent.module, model=parent.model, steps=parent.steps)
     if rng.random() < 0.3:

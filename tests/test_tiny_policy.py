@@ -72,7 +72,7 @@ def test_every_model_of_the_grammar_exists():
 def test_a_mistake_has_its_consequence(worlds, sandbox, mistake, outcome):
     rng = random.Random(0)
     spec, competition = next(w for w in worlds if w[0].metric == "rmse")
-    script = tiny.Script(False, "tree", "DecisionTreeKind(max_depth=3)", (), "0.2", "0",
+    script = tiny.Script(False, "tree", "DecisionTreeKind(max_depth=3)", (), "0",
                          frozenset([mistake]))
     run = sandbox.run(competition, script.source(spec, rng))
     assert not run.valid

@@ -17,7 +17,7 @@ import pytest
 from fakes import FakeEngine, FakeLearner, FakePrompter, FakeSandbox, write_world
 
 import train
-from buffer import EvolvingBuffer
+from buffer import EvolvingBuffer, Group, Task, Trace
 from rollout import Request, RolloutConfig, RolloutWorker, rollout
 from sampler import AdaptiveSampler
 from train import Config, Curriculum, UserError, batch_metrics, make_batch, parse_config
@@ -209,6 +209,18 @@ def test_groups_without_signal_are_not_trained_on_but_count():
     assert curriculum.buffer.sequence == 9
     curriculum.tasks.put(None)
     worker.join()
+
+
+def test_equal_scripts_of_a_group_count_as_one():
+    """Three copies of a script and two responses without code, which are no copies."""
+    rewards, keys = (0.9, 0.9, 0.9, 0.3, 0.0, 0.0), ("a", "a", "a", "b", "", "")
+    traces = [Trace(f"t{i}", "toy/draft", "toy", "draft", code_key=key, reward=reward)
+              for i, (reward, key) in enumerate(zip(rewards, keys))]
+    result = SimpleNamespace(group=Group(Task.root("toy"), traces))
+    found = [s.advantage for s in make_batch([result], make_config())]
+    assert found == pytest.approx([0.2, 0.2, 0.2, 0.0, -0.3, -0.3], abs=1e-6)  # mean of 0.9, 0.3, 0, 0: 0.3
+    found = [s.advantage for s in make_batch([result], make_config(distinct=False))]
+    assert found == pytest.approx([0.4, 0.4, 0.4, -0.2, -0.5, -0.5])  # mean 0.5
 
 
 def test_a_failing_rollout_stops_the_learner():
