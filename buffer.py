@@ -51,8 +51,8 @@ OPERATORS = ("draft", "improve", "debug", "crossover")
 # ------------------------------------------------------------------------------------- records
 
 
-# The token arrays of a trace. What a task keeps of its parent has none, and there are many tasks: all
-# share these; three empty arrays of their own would be 336 bytes a task.
+# The token arrays of a trace. What a task keeps of its parent has none, and there are many tasks:
+# all share these; three empty arrays of their own would be 336 bytes a task.
 NO_TOKENS = {"prompt_ids": np.zeros(0, np.int32), "response_ids": np.zeros(0, np.int32),
              "logprobs": np.zeros(0, np.float32)}
 

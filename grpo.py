@@ -27,7 +27,9 @@ What differs from the textbook, and whose choice it is:
    also the decoupled objective for stale data (arXiv 2505.24298).
 4. [ours] The sampled stop token is part of the response: whoever masks it out never teaches the
    policy to stop.
-5. [ours] Entropy is the entropy of the distribution, from the logits, with its gradient; the
+5. [ours] Equal answers of a group can count as one (`copies`): what is common is then not
+   reinforced for being common.
+6. [ours] Entropy is the entropy of the distribution, from the logits, with its gradient; the
    negative log-likelihood of a sample is only an estimate of it and has another gradient.
 
 Run it alone: `python grpo.py` prints a small worked example. It needs torch and nothing else.

@@ -478,7 +478,6 @@ def _load_grader(grade_fn: str, directory: Path) -> Callable:
 # -- Reading a submission: hostile bytes, checked before pandas may see them ----------------------
 
 _NUMBER = re.compile(r"\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*", re.ASCII)
-_QUOTED = re.compile(rb'(?<![^,\n])"[^"]*"?')
 
 
 @dataclass(frozen=True)
@@ -556,17 +555,29 @@ def _check_form(data: bytes, sample: Sample) -> None:
 def _fields_of_rows(data: bytes, most: int) -> np.ndarray:
     """(R,) number of fields of each row of a CSV text; R is at most `most` + 1.
 
-    As csv.reader has them, blank rows at the end aside, and quick on whatever bytes: a pair of
-    quotes is an escaped quote or an empty text; without pairs, a quoted text is all from a quote
-    that begins a field to the next quote.
+    As csv.reader has them, blank rows at the end aside, and quick on whatever bytes. A quote that
+    begins a field opens a text, the next one closes it, any other is a letter; two in a row are
+    an escaped quote or an empty text. So the number of field-beginning quotes since the last other
+    one says, by being odd, that a text is open.
     """
-    data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-    if b'"' in data:
-        data = _QUOTED.sub(b"", data.removeprefix(codecs.BOM_UTF8).replace(b'""', b""))
-    data = data.rstrip(b"\n")
+    data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n").rstrip(b"\n")
+    quoted = b'"' in data
+    if quoted:
+        data = data.removeprefix(codecs.BOM_UTF8).replace(b'""', b"")
     symbols = np.frombuffer(data, np.uint8)
-    ends = np.append(np.flatnonzero(symbols == ord("\n")), len(data))[: most + 1]
-    commas = np.flatnonzero(symbols[: ends[-1]] == ord(","))
+    is_end, is_comma = symbols == ord("\n"), symbols == ord(",")
+    if quoted:
+        quotes = np.flatnonzero(symbols == ord('"'))
+        begins = (is_comma | is_end)[quotes - 1] | (quotes == 0)
+        count = np.cumsum(begins, dtype=np.int32)
+        count -= np.maximum.accumulate(np.where(begins, 0, count))
+        turns = np.zeros(len(data), np.int8)  # 1 where a text opens, -1 where it closes
+        turns[quotes] = np.diff((count % 2).astype(np.int8), prepend=np.int8(0))
+        outside = np.cumsum(turns, dtype=np.int8) == 0
+        is_end, is_comma = is_end & outside, is_comma & outside
+    ends, commas = np.flatnonzero(is_end), np.flatnonzero(is_comma)
+    ends = np.append(ends, len(data))[: most + 1]
+    commas = commas[: np.searchsorted(commas, ends[-1])]
     return np.diff(np.searchsorted(commas, ends), prepend=0) + 1
 
 

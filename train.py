@@ -134,8 +134,8 @@ class Config:
     advantage: str = opt("dr_grpo", "group-relative advantage: with (grpo) or without (dr_grpo) "
                                     "division by the standard deviation",
                          choices=["grpo", "dr_grpo"])
-    distinct: bool = opt(True, "equal scripts of a group count as one in its advantages, which keeps "
-                               "exploration alive")
+    distinct: bool = opt(True, "equal scripts of a group count as one in its advantages, which "
+                               "keeps exploration alive")
     loss: str = opt("dr_grpo", "policy loss", choices=["grpo", "dr_grpo", "dapo", "gspo", "cispo"])
     clip_low: float = opt(0.2, "the ratio is clipped below at 1 - this")
     clip_high: float = opt(0.28, "the ratio is clipped above at 1 + this; more than clip-low keeps "
@@ -176,8 +176,8 @@ class Config:
     # --- the engine
     engine_dtype: str = opt("float32", "dtype of the vLLM engine", choices=["float32", "bfloat16"])
     max_model_len: int = opt(1024, "prompt + response, tokens")
-    max_response_tokens: int = opt(64, "longest response, tokens; scripts that work have up to 47 here, and "
-                                       "what runs on is garbage that outweighs the others")
+    max_response_tokens: int = opt(64, "longest response, tokens; scripts that work have up to 55 "
+                                       "here, and garbage that runs on would outweigh them")
     max_num_seqs: int = opt(96, "sequences decoded together")
     kv_cache_gib: float = opt(0.5, "key-value cache, GiB; 0: vLLM's fraction of the GPU memory")
     logprob_gap_limit: float = opt(0.02, "mean |engine - learner| log-probability on the probe "

@@ -202,7 +202,7 @@ MISTAKES = (
     "form",  # labels where probabilities are asked, or the other way round
     "kind",  # a regressor for classes, a classifier for numbers
     "variable",  # a name that was never assigned
-    "length",  # predictions for the training rows, not for the test rows
+    "length",  # predictions for training rows, not for the test rows
     "index",  # the data frame's index becomes a column of the submission
     "save",  # the submission is written under another name
     "fit",  # the model is never fitted
@@ -301,12 +301,13 @@ class Script:
                 "X, X_test = step.transform(X), step.transform(X_test)")),
             f"model = {model}",
             # All rows judge: a hold-out of 50 is too few to choose the best of twenty scripts by.
-            f'pred = model_selection.cross_val_predict(model, X, y, cv=4, method="{method}"){column}',
+            "pred = model_selection.cross_val_predict("
+            f'model, X, y, cv=4, method="{method}"){column}',
             f'print("validation score:", metrics.{function}(y, pred))',
         ]
         if not wrong("fit"):
             lines.append("model.fit(X, y)")
-        rows = "X_tset" if wrong("variable") else "X" if wrong("length") else "X_test"
+        rows = "X_tset" if wrong("variable") else "X[1:]" if wrong("length") else "X_test"
         place = "sub[sub.columns[1:]]" if multi and probability else "sub[target]"
         name = "output.csv" if wrong("save") else "submission.csv"
         lines += [

@@ -3,17 +3,17 @@
     python tests/soak_curriculum.py                                     # the full size
     python tests/soak_curriculum.py --threads 50 --tasks 2000 --groups 20000
 
-Everything but the engine, the scripts and the learner is real: curriculum, buffer, sampler, both logs,
-rollout threads. Prints groups/s, the peak memory and the live Python objects of every tenth of the
-groups. The queues must stay within what the staleness rule allows, the memory must not grow: a leak
-shows as more live objects, fragmented memory as a larger peak alone.
+Everything but the engine, the scripts and the learner is real: curriculum, buffer, sampler, both
+logs, rollout threads. Prints groups/s, the peak memory and the live Python objects of every tenth
+of the groups. The queues must stay within what the staleness rule allows, the memory must not grow:
+a leak shows as more live objects, fragmented memory as a larger peak alone.
 
-The tenths begin once the buffer is full and settled, that is once it has been replaced `--settle` times
-over; what it took until then is printed as well. A buffer that has just become full still changes what
-it holds: the ids of evicted ancestors live on in their descendants' lineages and parents, debug tasks
-take the place of improve tasks, dictionaries grow once more. All of that ends: a census of a buffer of
-10,000 tasks found 9.9 MB when it was full, 10.5 after another 10,000 groups, 11.0 after 50,000 and
-11.1 after 90,000.
+The tenths begin once the buffer is full and settled, that is once it has been replaced `--settle`
+times over; what it took until then is printed as well. A buffer that has just become full still
+changes what it holds: the ids of evicted ancestors live on in their descendants' lineages and
+parents, debug tasks take the place of improve tasks, dictionaries grow once more. All of that ends:
+a census of a buffer of 10,000 tasks found 9.9 MB when it was full, 10.5 after another 10,000
+groups, 11.0 after 50,000 and 11.1 after 90,000.
 """
 
 import argparse

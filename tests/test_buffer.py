@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import buffer as module
-from buffer import EvolvingBuffer, Group, Task, Trace, error_type, select_parents
+from buffer import NO_TOKENS, EvolvingBuffer, Group, Task, Trace, error_type, select_parents
 
 
 def trace(task, key, base=0.0, status=None, output="", code=None, **more):
@@ -61,6 +61,8 @@ def test_trace_survives_json_bit_by_bit():
     assert copy.logprobs.dtype == np.float32 and copy.logprobs[0] == original.logprobs[0]
     assert copy.prompt_ids.dtype == np.int32 and copy.valid is True
     assert not {"prompt_ids", "response_ids", "logprobs"} & original.public().keys()
+    for bare in (original.without_tokens(), Trace.from_json(original.public())):
+        assert all(getattr(bare, name) is none for name, none in NO_TOKENS.items())  # shared
     assert len(Trace.from_json(original.public()).response_ids) == 0
 
 

@@ -218,9 +218,10 @@ def test_equal_scripts_of_a_group_count_as_one():
               for i, (reward, key) in enumerate(zip(rewards, keys))]
     result = SimpleNamespace(group=Group(Task.root("toy"), traces))
     found = [s.advantage for s in make_batch([result], make_config())]
-    assert found == pytest.approx([0.2, 0.2, 0.2, 0.0, -0.3, -0.3], abs=1e-6)  # mean of 0.9, 0.3, 0, 0: 0.3
+    # The mean of 0.9, 0.3, 0 and 0 is 0.3; with all copies it is 0.5.
+    assert found == pytest.approx([0.2, 0.2, 0.2, 0.0, -0.3, -0.3], abs=1e-6)
     found = [s.advantage for s in make_batch([result], make_config(distinct=False))]
-    assert found == pytest.approx([0.4, 0.4, 0.4, -0.2, -0.5, -0.5])  # mean 0.5
+    assert found == pytest.approx([0.4, 0.4, 0.4, -0.2, -0.5, -0.5])
 
 
 def test_a_failing_rollout_stops_the_learner():
