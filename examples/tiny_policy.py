@@ -1,6 +1,6 @@
 """Teach a tiny language model, from scratch, to write scikit-learn scripts that sometimes work.
 
-    python examples/tiny_policy.py --out data/policy        # 511 s on two busy CPU cores
+    python examples/tiny_policy.py --out data/policy        # 6 minutes on two slow cores
 
 What it is: a Qwen3 of about 2 million parameters with its own tokenizer and chat template, a
 drop-in for any Hugging Face causal model, so that the whole of AceGRPO (vLLM, sandbox, FSDP,
