@@ -414,8 +414,7 @@ def test_heavy_submissions_are_cheap(name):
     """The memory bound always; the time bound at length (`FUZZ`), with the machine to itself."""
     sample = Sample(("id", "y"), 270_000 if "legitimate" in name else 1000, 6_000_000)
     seconds = []
-    # The least of seven: what a hypervisor takes away counts as this process's time.
-    for measure_memory in (*[False] * (7 if "FUZZ" in os.environ else 0), True):
+    for measure_memory in (*[False] * (3 if "FUZZ" in os.environ else 0), True):
         if measure_memory:
             tracemalloc.start()
         start = time.process_time()
