@@ -8,7 +8,7 @@ logs, rollout threads. Prints groups/s, the peak memory and the live Python obje
 of the groups. The queues must stay within what the staleness rule allows, the memory must not grow:
 a leak shows as more live objects, fragmented memory as a larger peak alone.
 
-The tenths begin once the buffer is full and settled, that is once it has been replaced `--settle`
+The tenths begin once the buffer is full, or with `--settle` once it has then been replaced so many
 times over; what it took until then is printed as well. A buffer that has just become full still
 changes what it holds: the ids of evicted ancestors live on in their descendants' lineages and
 parents, debug tasks take the place of improve tasks, dictionaries grow once more. All of that ends:
@@ -80,8 +80,8 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1000, help="rollout threads")
     parser.add_argument("--tasks", type=int, default=100_000, help="capacity of the buffer")
     parser.add_argument("--groups", type=int, default=1_000_000,
-                        help="groups, counted from when the buffer is full and settled")
-    parser.add_argument("--settle", type=int, default=10,
+                        help="groups, counted from when the tenths begin")
+    parser.add_argument("--settle", type=int, default=0,
                         help="how often the buffer is replaced before memory is judged")
     parser.add_argument("--dir", default=".", help="where the logs go, about 3 KB a group; removed "
                                                    "at the end")
@@ -135,7 +135,7 @@ def main() -> int:
             while replaced() < max(times, 1e-9):
                 roll_out(batch)
             measure((buffer.sequence - before) / (time.monotonic() - started))
-        print("the buffer is full and settled")
+        print("the tenths begin")
         rows = [measure(roll_out(options.groups // 10)) for _ in range(10)]
         first, last = rows[0], rows[-1]
         bound = (config.max_staleness + 1) * batch
