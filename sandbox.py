@@ -575,10 +575,9 @@ def _fields_of_rows(data: bytes, most: int) -> np.ndarray:
         turns[quotes] = np.diff((count % 2).astype(np.int8), prepend=np.int8(0))
         outside = np.cumsum(turns, dtype=np.int8) == 0
         is_end, is_comma = is_end & outside, is_comma & outside
-    ends, commas = np.flatnonzero(is_end), np.flatnonzero(is_comma)
-    ends = np.append(ends, len(data))[: most + 1]
-    commas = commas[: np.searchsorted(commas, ends[-1])]
-    return np.diff(np.searchsorted(commas, ends), prepend=0) + 1
+    separators = is_end[is_end | is_comma]  # True where one ends a row
+    ends = np.append(np.flatnonzero(separators), len(separators))[: most + 1]
+    return np.diff(ends, prepend=-1)
 
 
 # -- Executions and rewards -----------------------------------------------------------------------
