@@ -90,7 +90,7 @@ class Trace:
     score: float | None = None  # the competition's metric, on the private answers
     medal: str = "none"  # gold | silver | bronze | none
     human_rank: float = 0.0
-    base_reward: float = 0.0  # of the outcome alone
+    base_reward: float = 0.0  # of the outcome alone, less the gap penalty
     reward: float = 0.0  # what the policy is trained on: base + improve bonus
     reason: str = ""  # why it failed, in a line
     isolation: str = ""  # what confined the execution; "unsafe (...)" when something was missing

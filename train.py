@@ -148,9 +148,9 @@ class Config:
     temperature: float = opt(1.0, "sampling temperature; it divides the learner's logits too")
     reward: str = opt("rank", "what a valid submission earns: human rank, milestones, medals only",
                       choices=["rank", "milestone", "medal"])
-    gap_penalty: float = opt(0.0, "reward lost when a script's printed validation score differs "
-                                  "from its test score, times the difference of their human ranks; "
-                                  "0: off")
+    gap_penalty: float = opt(0.5, "reward lost when a script's printed validation score, by which "
+                                  "the agent chooses, differs from its test score: times the "
+                                  "difference of their human ranks; 0: off")
     # --- what to train on
     sampler: str = opt("lp", "task score: Learnability Potential or an alternative",
                        choices=["lp", "variance", "regret", "uniform"])
