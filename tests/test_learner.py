@@ -664,6 +664,7 @@ def two_ranks(tmp_path_factory) -> Path:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     result = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3",
+         f"--log-dir={directory / 'torchrun'}",  # else it leaves a temporary folder
          __file__, str(directory)],
         capture_output=True, text=True, timeout=300, env=environment)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
