@@ -117,8 +117,9 @@ class Trace:
         return cls(**(data | arrays))
 
     def without_tokens(self) -> Trace:
-        """A copy that holds no token arrays: what a task keeps of its parent."""
-        return replace(self, **NO_TOKENS)
+        """What a task keeps of its parent: a copy without token arrays, and without the id of the
+        parent's own parent, which would outlive the task that it belongs to."""
+        return replace(self, parent_id=None, **NO_TOKENS)
 
 
 def _plain(value):
@@ -465,8 +466,11 @@ class EvolvingBuffer:
                     else task.crossing(traces[entry[0]], self.tasks[entry[1]].parent)
                     for entry in record["admitted"]]
         for task_id in record["evicted"]:
-            gone = self.tasks.pop(task_id)
+            gone = self.tasks[task_id]
             self._count(gone.competition_id, gone.operator, evicted=1)
+        if gone := set(record["evicted"]):
+            # A new dictionary: one that entries are popped from keeps their places, and grows.
+            self.tasks = {name: task for name, task in self.tasks.items() if name not in gone}
         for child in admitted:
             self.tasks[child.id] = child
             self._count(child.competition_id, child.operator, admitted=1)
