@@ -443,6 +443,7 @@ def check_settings(args: argparse.Namespace) -> None:
     settings = {name: getattr(args, name) for name in ("steps", "eval_seeds", "agent_steps", "dev",
                                                        "train_flags")}
     settings |= {"model": str(args.model), "competitions": str(args.competitions)}
+    settings |= {f"default {name}": value for name, value in asdict(Config()).items()}
     if path.exists():
         for name, value in json.loads(path.read_text()).items():
             if name in settings and settings[name] != value:

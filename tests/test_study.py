@@ -3,6 +3,7 @@
     python -m pytest tests/test_study.py
 """
 
+import dataclasses
 import doctest
 import json
 from pathlib import Path
@@ -156,6 +157,16 @@ def test_runs_of_other_settings_are_not_mixed(folders, tmp_path, programs, capsy
     assert study.main(arguments(folders, tmp_path, "--eval-seeds", "3")) == 2
     error = capsys.readouterr().err.strip()
     assert len(error.splitlines()) == 1 and "eval_seeds 2, not 3" in error and "--out" in error
+
+
+def test_runs_made_before_and_after_a_default_changed_are_not_mixed(folders, tmp_path, programs,
+                                                                    capsys, monkeypatch):
+    study.main(arguments(folders, tmp_path))
+    capsys.readouterr()
+    monkeypatch.setattr(study, "Config", dataclasses.make_dataclass(
+        "Config", [("gap_penalty", float, 0.9)], bases=(study.Config,)))
+    assert study.main(arguments(folders, tmp_path)) == 2
+    assert "default gap_penalty 0.5, not 0.9" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("more, words", [
