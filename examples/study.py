@@ -33,6 +33,7 @@ training competitions, or keep some of them out of training with --dev.
 """
 
 import argparse
+import hashlib
 import json
 import shutil
 import signal
@@ -442,7 +443,8 @@ def check_settings(args: argparse.Namespace) -> None:
     path = args.out / "study.json"
     settings = {name: getattr(args, name) for name in ("steps", "eval_seeds", "agent_steps", "dev",
                                                        "train_flags")}
-    settings |= {"model": str(args.model), "competitions": str(args.competitions)}
+    settings |= {"model": str(args.model), "competitions": str(args.competitions),
+                 "model's weights": weights_digest(args.model)}
     settings |= {f"default {name}": value for name, value in asdict(Config()).items()}
     if path.exists():
         for name, value in json.loads(path.read_text()).items():
@@ -451,6 +453,15 @@ def check_settings(args: argparse.Namespace) -> None:
                                  f"{settings[name]!r}: give another --out")
     else:
         write_json(path, settings | {"arms": {a: asdict(arm) for a, arm in ARMS.items()}})
+
+
+def weights_digest(model: Path) -> str:
+    """Of a model directory; a policy that was taught again is another one to start from."""
+    digest = hashlib.sha256()
+    for path in sorted(model.glob("*.safetensors")):
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -159,6 +159,17 @@ def test_runs_of_other_settings_are_not_mixed(folders, tmp_path, programs, capsy
     assert len(error.splitlines()) == 1 and "eval_seeds 2, not 3" in error and "--out" in error
 
 
+def test_runs_that_began_with_another_policy_are_not_mixed(folders, tmp_path, programs, capsys):
+    model = tmp_path / "policy"
+    model.mkdir()
+    weights = model / "model.safetensors"
+    weights.write_bytes(b"taught")
+    assert study.main(arguments(folders, tmp_path / "out", "--model", str(model))) == 0
+    weights.write_bytes(b"taught again")
+    assert study.main(arguments(folders, tmp_path / "out", "--model", str(model))) == 2
+    assert "model's weights" in capsys.readouterr().err
+
+
 def test_runs_made_before_and_after_a_default_changed_are_not_mixed(folders, tmp_path, programs,
                                                                     capsys, monkeypatch):
     study.main(arguments(folders, tmp_path))
