@@ -19,8 +19,7 @@ How it is taught (everything here is [ours]):
 2. `Script`         a grammar: model, hyper-parameters, preprocessing, mistakes -> source
 3. `make_examples`  draft, improve and debug answers. Scripts that serve as parents are executed in
                     the real sandbox, so that debug prompts hold real tracebacks
-4. `make_lessons`   first of all, copying: a script, and the same model and steps once more
-5. `make_tokenizer`, `teach`: byte-level BPE over whole lines, next-token prediction on answers
+4. `make_tokenizer`, `teach`: byte-level BPE over whole lines, next-token prediction on answers
 """
 
 import argparse
@@ -234,12 +233,9 @@ class Script:
     mistakes: frozenset[str]
 
     @classmethod
-    def draw(cls, rng: random.Random, spec: bench.Spec, rate: float,
-             family: str | None = None) -> "Script":
-        """A random script, of one model family if given; each mistake is made with probability
-        `rate`."""
-        families = CLASSIFIERS if spec.labels else REGRESSORS
-        _, module, name, arguments = pick(rng, [f for f in families if family in (None, f[2])])
+    def draw(cls, rng: random.Random, spec: bench.Spec, rate: float) -> "Script":
+        """A random script; each mistake is made with probability `rate`."""
+        _, module, name, arguments = pick(rng, CLASSIFIERS if spec.labels else REGRESSORS)
         arguments = rng.choice(arguments)
         if name == "SVC" and bench.METRICS[spec.metric].form == "probability":
             arguments += ", probability=True"
@@ -250,10 +246,6 @@ class Script:
             spelt=rng.random() < 0.2, module=module, model=f"{name}({arguments})",
             steps=pick(rng, STEPS)[1], fill=rng.choice(("X.median()", "X.mean()", "0")),
             mistakes=frozenset(m for m in MISTAKES if rng.random() < rate))
-
-    @property
-    def family(self) -> str:
-        return self.model.partition("(")[0]
 
     def source(self, spec: bench.Spec, rng: random.Random) -> str:
         """The script for one competition."""
@@ -369,38 +361,17 @@ def make_examples(rng: random.Random, worlds: list, count: int, answers: int, ra
 
 def answer_to(operator: str, parent: Script | None, spec: bench.Spec, rate: float,
               rng: random.Random) -> Script:
-    """A draft is any script. Improve changes one thing of its parent, the model's arguments, the
-    model or the steps, as likely for the worse as for the better; debug drops the parent's
-    mistakes. Each may make mistakes of its own."""
+    """A draft is any script; improve changes the parent's model or steps, as likely for the worse
+    as for the better; debug drops the parent's mistakes. Each may make mistakes of its own."""
+    answer = Script.draw(rng, spec, rate)
     if operator == "draft":
-        return Script.draw(rng, spec, rate)
-    while True:
-        change = rng.choice(("arguments", "model", "steps")) if operator == "improve" else None
-        family = None if change == "model" else parent.family
-        answer = replace(Script.draw(rng, spec, rate, family), spelt=parent.spelt, fill=parent.fill)
-        if change != "steps":
-            answer = replace(answer, steps=parent.steps)
-        if change not in ("arguments", "model"):
-            answer = replace(answer, model=parent.model)
-        if change is None or (answer.model, answer.steps) != (parent.model, parent.steps):
-            return answer
-
-
-def make_lessons(rng: random.Random, worlds: list, count: int) -> list[tuple[str, str]]:
-    """(script, answer) pairs without a prompt: the answer keeps the script's model and steps.
-
-    They teach to look the model up in the parent. From whole prompts alone that was not learnt: one
-    line among four hundred tokens is too little to begin with. The policy then wrote a new draft
-    whatever it was asked, so that a buffer of parents could be worth nothing.
-    """
-    lessons = []
-    for _ in range(count):
-        spec, _ = rng.choice(worlds)
-        parent = Script.draw(rng, spec, 0.0)
-        answer = answer_to("debug", parent, spec, 0.0, rng)
-        lessons.append(tuple(f"```python\n{script.source(spec, rng)}```"
-                             for script in (parent, answer)))
-    return lessons
+        return answer
+    answer = replace(answer, spelt=parent.spelt, fill=parent.fill)
+    if operator == "debug":
+        return replace(answer, module=parent.module, model=parent.model, steps=parent.steps)
+    if rng.random() < 0.3:
+        return replace(answer, module=parent.module, model=parent.model)  # other steps only
+    return answer
 
 
 # ---------------------------------------------------------------------------------------------
@@ -469,10 +440,9 @@ def muon_step(weights: list, momenta: list, rate: float) -> None:
 
 
 def teach(directory: Path, families: list[list[Sequence]], tokens_per_batch: int,
-          learning_rate: float, seed: int, lessons: list[list[Sequence]] = ()) -> float:
+          learning_rate: float, seed: int) -> float:
     """One pass of next-token prediction on the answers, with the learner's own packed model: a
-    family is the answers to one prompt, and the prompt is computed once for all of them. The
-    `lessons`, which are families as well, come first.
+    family is the answers to one prompt, and the prompt is computed once for all of them.
 
     Reads and writes the model in `directory`; returns the mean loss of the last tenth, nat/token.
     """
@@ -482,9 +452,10 @@ def teach(directory: Path, families: list[list[Sequence]], tokens_per_batch: int
 
     device = torch.device("cpu")
     policy = load_policy(directory, LearnerConfig(max_response_tokens=1), device, None)
-    families = random.Random(seed).sample(families, len(families))
+    order = list(range(len(families)))
+    random.Random(seed).shuffle(order)
     batches, batch, size = [], [], 0
-    for family in (*lessons, *families):
+    for family in (families[i] for i in order):
         batch += family
         size += len(family[0].tokens) + sum(len(s.tokens) - s.prompt_length for s in family[1:])
         if size >= tokens_per_batch:
@@ -528,7 +499,6 @@ def main(argv=None) -> int:
                         help="directory of the model; one that is there is replaced")
     parser.add_argument("--prompts", type=int, default=2200, help="prompts")
     parser.add_argument("--answers", type=int, default=7, help="answers to each prompt")
-    parser.add_argument("--lessons", type=int, default=2500, help="scripts to copy, first of all")
     parser.add_argument("--worlds", type=int, default=600, help="random competitions")
     parser.add_argument("--mistakes", type=float, default=0.05,
                         help="rate of each of the mistakes in an answer")
@@ -552,19 +522,17 @@ def main(argv=None) -> int:
     with tempfile.TemporaryDirectory() as folder, Sandbox(slots=2, unsafe=args.unsafe) as sandbox:
         worlds = make_worlds(rng, args.worlds, Path(folder))
         examples = make_examples(rng, worlds, args.prompts, args.answers, args.mistakes, sandbox)
-        lessons = make_lessons(rng, worlds, args.lessons)
     texts = [m["content"] for messages, _ in examples[:1500] for m in messages]
     texts += [answer for _, answers in examples[:1500] for answer in answers]
     tokenizer = make_tokenizer(texts, args.vocabulary)
-
-    def family(prompt: list[int], answers: list[str]) -> list[Sequence]:
-        encoded = [tokenizer.encode(answer) + [tokenizer.eos_token_id] for answer in answers]
-        return [Sequence(np.array(prompt + ids, np.int32), len(prompt),
-                         np.zeros(len(ids), np.float32), 0.0) for ids in encoded]
-
-    families = [family(encode_chat(tokenizer, messages), answers)
-                for messages, answers in tqdm(examples, desc="tokenizing", unit="")]
-    lessons = [family(tokenizer.encode(script + "\n"), [answer]) for script, answer in lessons]
+    families = []
+    for messages, answers in tqdm(examples, desc="tokenizing", unit=""):
+        prompt = encode_chat(tokenizer, messages)
+        families.append([])
+        for answer in answers:
+            ids = tokenizer.encode(answer) + [tokenizer.eos_token_id]
+            families[-1].append(Sequence(np.array(prompt + ids, np.int32), len(prompt),
+                                         np.zeros(len(ids), np.float32), 0.0))
     shutil.rmtree(new, ignore_errors=True)  # of a run that was killed
     model = make_model(tokenizer, args.hidden, args.layers, args.seed)
     model.save_pretrained(new)
@@ -573,7 +541,7 @@ def main(argv=None) -> int:
     print(f"{model.num_parameters() / 1e6:.2f}M parameters; {len(families)} prompts of "
           f"{np.mean([f[0].prompt_length for f in families]):.0f} tokens, {len(lengths)} answers "
           f"of {np.mean(lengths):.0f} tokens", flush=True)
-    loss = teach(new, families, args.batch_tokens, args.learning_rate, args.seed, lessons)
+    loss = teach(new, families, args.batch_tokens, args.learning_rate, args.seed)
     if out.exists():
         shutil.rmtree(out)
     new.rename(out)
