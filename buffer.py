@@ -141,9 +141,9 @@ class Task:
     competition_id: str
     operator: str
     depth: int = 0
-    parent: Trace | None = None  # without token arrays
+    parent: Trace | None = None  # as `without_tokens` leaves it; so is `second`
     lineage: tuple[str, ...] = ()
-    second: Trace | None = None  # the other parent of a crossover, without token arrays
+    second: Trace | None = None  # the other parent of a crossover
 
     @property
     def parents(self) -> list[Trace]:
@@ -465,12 +465,11 @@ class EvolvingBuffer:
         admitted = [task.child(traces[entry]) if isinstance(entry, int)
                     else task.crossing(traces[entry[0]], self.tasks[entry[1]].parent)
                     for entry in record["admitted"]]
-        for task_id in record["evicted"]:
-            gone = self.tasks[task_id]
+        for gone in (self.tasks[task_id] for task_id in record["evicted"]):
             self._count(gone.competition_id, gone.operator, evicted=1)
-        if gone := set(record["evicted"]):
+        if evicted := set(record["evicted"]):
             # A new dictionary: one that entries are popped from keeps their places, and grows.
-            self.tasks = {name: task for name, task in self.tasks.items() if name not in gone}
+            self.tasks = {name: task for name, task in self.tasks.items() if name not in evicted}
         for child in admitted:
             self.tasks[child.id] = child
             self._count(child.competition_id, child.operator, admitted=1)

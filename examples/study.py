@@ -456,7 +456,10 @@ def check_settings(args: argparse.Namespace) -> None:
 
 
 def weights_digest(model: Path) -> str:
-    """Of a model directory; a policy that was taught again is another one to start from."""
+    """Of a model directory: a policy that was taught again is another one to start from.
+
+    A model that is named instead, to be fetched from the hub, is told apart by its name alone.
+    """
     digest = hashlib.sha256()
     for path in sorted(model.glob("*.safetensors")):
         with open(path, "rb") as file:

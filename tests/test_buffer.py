@@ -123,6 +123,16 @@ def test_depth_ends_at_its_maximum(buffer, root):
     assert task.depth == 2 and buffer.add(Group(task, [trace(task, "c")])) == ([], [])
 
 
+def test_a_task_keeps_neither_tokens_of_its_parent_nor_the_id_of_what_came_before(buffer, root):
+    (first,), _ = buffer.add(Group(root, [trace(root, "a")]))
+    child = trace(first, "b", parent_id=first.parent.id,
+                  response_ids=np.arange(3, dtype=np.int32))
+    (second,), _ = buffer.add(Group(first, [child]))
+    assert second.parent.id == child.id and second.parent.parent_id is None
+    assert second.parent.response_ids.size == 0
+    assert child.parent_id == first.parent.id  # what the learner and the log see is untouched
+
+
 def test_duplicates_merge_within_a_group_and_with_the_buffer(buffer, root):
     admitted, _ = buffer.add(Group(root, [trace(root, "a"), trace(root, "a"), trace(root, "a")]))
     assert [t.id for t in admitted] == ["iris/debug/a"]
