@@ -312,7 +312,7 @@ def markdown(rows: list[dict], results: list[dict], args: argparse.Namespace) ->
     flags = f" {' '.join(args.train_flags)}" if args.train_flags else ""
     again = sum(bool(r["training"] and r["training"]["resumed"]) for r in results)
     lines += ["", f"Training seeds {', '.join(map(str, seeds))}; {args.steps} steps of "
-              f"{rollouts_of(results) // args.steps} rollouts in every arm; {counts}; "
+              f"{rollouts_of(results) / args.steps:.0f} rollouts in every arm; {counts}; "
               f"{args.eval_seeds} evaluation seeds, {args.agent_steps} agent steps{flags}; "
               f"{again} of the runs were interrupted and resumed."]
     return "\n".join(lines) + "\n"
@@ -370,7 +370,7 @@ def draw(rows: list[dict], out: Path) -> None:
                 mean, error = row[name]
                 ax.barh(places[row["arm"]], mean, 0.6, xerr=error, color="#9db3d8", ecolor=INK)
         for ax in (medals, zeros):
-            ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            ax.xaxis.set_major_formatter(PercentFormatter(1.0))
         for ax in (ranks, medals, zeros, minutes):
             ax.grid(axis="y", visible=False)
             ax.grid(axis="x", visible=True)

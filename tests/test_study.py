@@ -54,7 +54,7 @@ class Programs:
             if cut == "after a checkpoint":
                 self.checkpoint(run, 1, epoch=0)
             raise KeyboardInterrupt
-        rows = [{"groups": 2, "groups_trained": 2 - s % 2, "seconds_step": 30.0,
+        rows = [{"groups": 2.0, "groups_trained": 2.0 - s % 2, "seconds_step": 30.0,
                  "unique_scripts": 8, "reused_rate": 0.0} for s in range(3)]
         (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         self.checkpoint(run, 3, epoch=int("--resume" in value))
