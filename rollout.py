@@ -962,6 +962,8 @@ class AgentRun:
         first = next((i for i, t in enumerate(self.traces) if t.valid), None)
         best = self.traces[self.chosen] if self.chosen is not None else None
         executed = [t.seconds / 3600 for t in self.traces if t.code]
+        so_far = [choose_best(self.competition, self.traces[:n + 1])
+                  for n in range(len(self.traces))]
         return {
             "competition_id": self.competition.id,
             "seed": self.seed,
@@ -969,6 +971,8 @@ class AgentRun:
             "medal": best.medal if best else "none",
             "score": best.score if best else None,
             "human_rank": best.human_rank if best else 0.0,
+            "human_rank_by_step": [0.0 if i is None else self.traces[i].human_rank
+                                   for i in so_far],  # had the run ended there
             "above_median": bool(best and beats(best.score, self.competition.median,
                                                 self.competition)),
             "first_draft_valid": bool(self.traces and self.traces[0].valid),

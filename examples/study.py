@@ -27,6 +27,8 @@ How the numbers are made (everything here is [ours]):
    spread of S seeds for that of all, which is short by a factor of sqrt(1 - 1/S).
 4. Groups without gradient: all G rewards equal, counted over the whole run.
 5. Minutes: the training steps alone, without start and evaluation.
+6. "First script": human rank had the agent handed in its first script, a draft. It says what one
+   answer of the policy is worth; twenty tries and a choice among them make up for much.
 
 Held-out competitions are evaluated with --final only, and train.py never sees them. Tune on the
 training competitions, or keep some of them out of training with --dev.
@@ -149,7 +151,7 @@ def evaluate(arm: str, model: Path, splits: list[str], folder: Path, args: argpa
           "--steps", args.agent_steps, "--seeds", args.eval_seeds, "--cpu-seconds",
           Config.cpu_seconds, "--parallel", args.parallel, "--max-num-seqs", args.parallel,
           *(ARMS[arm].agent if arm in ARMS else ())], folder.with_suffix(".log"))
-    rows = [{name: row[name] for name in KEPT} for row in json.loads(out.read_text())["runs"]]
+    rows = json.loads(out.read_text())["runs"]
     return {split: [r for r in rows if r["competition_id"] in args.ids[split]]
             for split in splits}
 
@@ -158,7 +160,7 @@ def run(arm: str, seed: int, args: argparse.Namespace) -> None:
     """Bring one run up to date: train, evaluate on what is missing, write result.json."""
     folder = args.out / (arm if arm == BEFORE else f"{arm}-{seed}")
     result = read_result(folder) or {"arm": arm, "seed": seed, "training": None,
-                                     "evaluations": {}, "evaluation_minutes": {}}
+                                     "evaluations": {}, "by_step": {}, "evaluation_minutes": {}}
     if arm != BEFORE and result["training"] is None:
         result["training"] = train(arm, seed, folder, args)
         write_json(folder / "result.json", result)
@@ -167,9 +169,22 @@ def run(arm: str, seed: int, args: argparse.Namespace) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
         model = args.model if arm == BEFORE else folder / "policy"
-        result["evaluations"] |= evaluate(arm, model, missing, folder, args)
+        for split, rows in evaluate(arm, model, missing, folder, args).items():
+            result["evaluations"][split] = [{name: row[name] for name in KEPT} for row in rows]
+            result["by_step"][split] = rank_by_step(rows, args.agent_steps)
         result["evaluation_minutes"]["+".join(missing)] = (time.monotonic() - started) / 60
         write_json(folder / "result.json", result)
+
+
+def rank_by_step(rows: list[dict], steps: int) -> dict[str, list[float]]:
+    """{competition: human rank had the agent stopped after step 1, 2, ...}, mean over its runs; a
+    run that ended early keeps what it had."""
+    found = {}
+    for row in rows:
+        ranks = row["human_rank_by_step"] or [0.0]
+        found.setdefault(row["competition_id"], []).append(
+            ranks + ranks[-1:] * (steps - len(ranks)))
+    return {name: np.mean(runs, axis=0).round(5).tolist() for name, runs in sorted(found.items())}
 
 
 def read_result(folder: Path) -> dict | None:
@@ -209,6 +224,17 @@ def cells(results: list[dict], split: str, measure: str, steps: int
             found.setdefault(result["arm"], {})[result["seed"]] = np.array([
                 np.mean([value(r, steps) for r in rows if r["competition_id"] == name])
                 for name in names])
+    return found
+
+
+def cells_by_step(results: list[dict], split: str) -> dict[str, dict[int, np.ndarray]]:
+    """{arm: {training seed: (C, agent steps)}}: human rank had the agent stopped there. Results
+    that were written before it was recorded are left out."""
+    found = {}
+    for result in results:
+        if ranks := result.get("by_step", {}).get(split):
+            found.setdefault(result["arm"], {})[result["seed"]] = np.array(
+                [ranks[name] for name in sorted(ranks)])
     return found
 
 
@@ -261,25 +287,33 @@ MEASURES = {"human rank": "human_rank", "any medal": "any_medal_rate", "valid": 
 
 
 def summarize(results: list[dict], splits: list[str], steps: int) -> list[dict]:
-    """A row for each split and arm: {"split", "arm", "seeds", "difference", "interval",
-    measure: (mean, error), ...}; the order is that of SPLITS, and of ARMS after `before`."""
+    """A row for each split and arm: {"split", "arm", "seeds", measure: (mean, error), ...}, with
+    "difference", "by_seed" and "interval" to full, "by_step" (agent steps,) and the same of the
+    first script where there are any; the order is that of SPLITS, and of ARMS after `before`."""
     rows = []
     for split in (s for s in SPLITS if s in splits):
         tables = {title: cells(results, split, name, steps) for title, name in MEASURES.items()}
-        rank = tables["human rank"]
+        rank, by_step = tables["human rank"], cells_by_step(results, split)
+        first = {arm: {seed: steps[:, 0] for seed, steps in runs.items()}
+                 for arm, runs in by_step.items()}
         for arm in (a for a in (BEFORE, *ARMS) if a in rank):
             own = [r for r in results if r["arm"] == arm and r["evaluations"].get(split)]
-            row = {"split": split, "arm": arm, "seeds": len(own), "difference": None}
+            row = {"split": split, "arm": arm, "seeds": len(own)}
             row |= {title: mean_and_error([v.mean() for v in table[arm].values()])
                     for title, table in tables.items()}
             if arm != BEFORE:
                 row["no gradient"] = mean_and_error([without_gradient(r) for r in own])
                 row["minutes"] = mean_and_error([r["training"]["minutes"] for r in own])
-            difference = paired_difference(rank[arm], rank["full"]) if "full" in rank else None
-            if arm != "full" and difference is not None:
-                row["difference"] = float(difference.mean())
-                row["by_seed"] = difference.mean(1).tolist()
-                row["interval"] = bootstrap_interval(difference)
+            if arm in by_step:
+                row["first script"] = mean_and_error([v.mean() for v in first[arm].values()])
+                row["by_step"] = np.mean([v.mean(0) for v in by_step[arm].values()], 0).tolist()
+            for prefix, ranks in (("", rank), ("first ", first)):
+                difference = (paired_difference(ranks[arm], ranks["full"])
+                              if arm != "full" and arm in ranks and "full" in ranks else None)
+                if difference is not None:
+                    row[prefix + "difference"] = float(difference.mean())
+                    row[prefix + "by_seed"] = difference.mean(1).tolist()
+                    row[prefix + "interval"] = bootstrap_interval(difference)
             rows.append(row)
     return rows
 
@@ -293,15 +327,21 @@ def markdown(rows: list[dict], results: list[dict], args: argparse.Namespace) ->
         return f"{mean * scale:.{digits}f}" + ("" if error is None
                                                else f" ± {error * scale:.{digits}f}")
 
-    lines = ["| competitions | arm | human rank | difference to full [95 %] | any medal, % "
-             "| valid, % | first draft valid, % | extra steps to first valid "
-             "| groups without gradient, % | minutes |", "|" + " --- |" * 10]
+    def difference(row, prefix=""):
+        if prefix + "difference" not in row:
+            return "-"
+        return "{:+.3f} [{:+.3f}, {:+.3f}]".format(row[prefix + "difference"],
+                                                   *row[prefix + "interval"])
+
+    lines = ["| competitions | arm | human rank | difference to full [95 %] | first script "
+             "| difference to full [95 %] | any medal, % | valid, % | first draft valid, % "
+             "| extra steps to first valid | groups without gradient, % | minutes |",
+             "|" + " --- |" * 12]
     for row in rows:
-        difference = "-" if row["difference"] is None else (
-            "{:+.3f} [{:+.3f}, {:+.3f}]".format(row["difference"], *row["interval"]))
         text = "before RL" if row["arm"] == BEFORE else ARMS[row["arm"]].text
         lines.append("| " + " | ".join([
-            SPLITS[row["split"]], text, show(row["human rank"]), difference,
+            SPLITS[row["split"]], text, show(row["human rank"]), difference(row),
+            show(row.get("first script")), difference(row, "first "),
             show(row["any medal"], 100, 1), show(row["valid"], 100, 1),
             show(row["first draft valid"], 100, 1),
             show(row["extra steps to first valid"], digits=2),
@@ -329,7 +369,8 @@ def rollouts_of(results: list[dict]) -> int:
 
 
 def draw(rows: list[dict], out: Path) -> None:
-    """Differences to `full`, medals, groups without gradient, and minutes; arms downwards."""
+    """Differences to `full`, medals and groups without gradient, arms downwards; and human rank as
+    the agent goes on, of the first split."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
@@ -346,7 +387,7 @@ def draw(rows: list[dict], out: Path) -> None:
         figure = Figure(figsize=(15, 9.5))
         grid = figure.add_gridspec(2, 2, left=0.08, right=0.98, top=0.91, bottom=0.06, hspace=0.35,
                                    wspace=0.2)
-        ranks, medals, zeros, minutes = (figure.add_subplot(g) for g in grid)
+        ranks, medals, zeros, steps = (figure.add_subplot(g) for g in grid)
         title(ranks, "Human rank: difference to the full method",
               "mean and 95 % bootstrap interval over competitions and seeds; dots: training seeds")
         title(medals, "Any medal", "mean and standard error over training seeds")
@@ -354,7 +395,7 @@ def draw(rows: list[dict], out: Path) -> None:
             y, color = places[row["arm"]] + shift[row["split"]], colors[row["split"]]
             mean, error = row["any medal"]
             medals.errorbar(mean, y, xerr=error, fmt="o", color=color, capsize=3)
-            if row["difference"] is not None:
+            if "difference" in row:
                 ranks.plot(row["interval"], [y, y], color=color, linewidth=3, alpha=0.45)
                 ranks.plot(row["by_seed"], [y] * len(row["by_seed"]), "o", color=INK, alpha=0.4,
                            markersize=3.5)
@@ -364,14 +405,19 @@ def draw(rows: list[dict], out: Path) -> None:
         legend(ranks, ncols=1)
         ranks.axvline(0, color=MUTED, linewidth=1)
         title(zeros, "Groups without gradient", "share over the run; bar: standard error")
-        title(minutes, "Minutes of training", "learner steps alone; bar: standard error")
+        title(steps, "Human rank as the agent goes on",
+              f"had it stopped after so many scripts; {SPLITS[splits[0]]} competitions")
         for row in (r for r in rows if r["split"] == splits[0] and r["arm"] != BEFORE):
-            for ax, name in ((zeros, "no gradient"), (minutes, "minutes")):
-                mean, error = row[name]
-                ax.barh(places[row["arm"]], mean, 0.6, xerr=error, color="#9db3d8", ecolor=INK)
+            mean, error = row["no gradient"]
+            zeros.barh(places[row["arm"]], mean, 0.6, xerr=error, color="#9db3d8", ecolor=INK)
+            if "by_step" in row:
+                steps.plot(range(1, len(row["by_step"]) + 1), row["by_step"],
+                           color=RUNS[arms.index(row["arm"]) % len(RUNS)], label=row["arm"])
+        steps.xaxis.get_major_locator().set_params(integer=True)
+        legend(steps, ncols=2)
         for ax in (medals, zeros):
             ax.xaxis.set_major_formatter(PercentFormatter(1.0))
-        for ax in (ranks, medals, zeros, minutes):
+        for ax in (ranks, medals, zeros):
             ax.grid(axis="y", visible=False)
             ax.grid(axis="x", visible=True)
             ax.set_yticks(list(places.values()), names)

@@ -451,6 +451,16 @@ def test_never_valid_counts_as_all_steps(competition):
     assert totals["above_median_rate"]["mean"] == 1
 
 
+def test_the_rank_by_step_is_that_of_what_would_have_been_handed_in(competition):
+    # Smaller is better. The third is chosen although the grader likes it less; a failure, or a
+    # worse validation score, changes nothing.
+    run = AgentRun(competition, 0, [trace("a"), trace("b", True, 0.6), trace("c", True, 0.3),
+                                    trace("d"), trace("e", True, 0.4)])
+    for step, rank in zip(run.traces, (0.0, 0.7, 0.4, 0.0, 0.9)):
+        step.human_rank, step.score = rank, rank
+    assert run.row()["human_rank_by_step"] == [0.0, 0.7, 0.4, 0.4, 0.4]
+
+
 class Notebook(FakePrompter):
     """Remembers what it was asked for."""
 

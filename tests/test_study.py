@@ -71,6 +71,7 @@ class Programs:
         names = sorted(path.name for path in Path(value["--competitions"]).iterdir())
         rows = [{"competition_id": name, "seed": seed, "valid": True, "medal": "gold", "score": 1.0,
                  "human_rank": QUALITY[arm] + 0.01 * seed, "above_median": True,
+                 "human_rank_by_step": [QUALITY[arm] / 2, QUALITY[arm] + 0.01 * seed],
                  "first_draft_valid": False, "steps_to_first_valid": 3}
                 for seed in range(int(value["--seeds"])) for name in names]
         out.write_text(json.dumps({"runs": rows}))
@@ -106,7 +107,8 @@ def test_a_study_from_start_to_end_and_nothing_to_do_the_second_time(folders, tm
     assert all(value["--groups"] == "2" and value["--heldout"] == "" for _, value in trained)
     table = (tmp_path / "table.md").read_text()
     row = next(line for line in table.splitlines() if "no buffer" in line)
-    assert "0.605 ± 0.000" in row and "-0.100 [-0.100, -0.100]" in row
+    assert "| 0.605 ± 0.000 | -0.100 [-0.100, -0.100] |" in row
+    assert "| 0.300 ± 0.000 | -0.050 [-0.050, -0.050] |" in row  # the first script
     assert "| 100.0 ± 0.0 |" in row and "2.00 ± 0.00" in row  # medals; extra steps: 3 - 1
     assert "| 16.7 ± 0.0 | 1.5 ± 0.0 |" in row  # 1 of 6 groups; 3 steps of half a minute
     assert "training seeds 0, 1" in table.lower() and "3 steps of 8 rollouts" in table
@@ -219,9 +221,28 @@ def test_differences_are_paired_by_competition_and_seed():
     assert uniform["by_seed"] == pytest.approx([-0.1, -0.15])
     assert uniform["difference"] == pytest.approx(-0.125)
     assert uniform["no gradient"][0] == pytest.approx((0.4 + 0.2 + 0.2) / 3)
-    assert full["difference"] is None and full["human rank"] == pytest.approx((0.625, 0.075))
+    assert "difference" not in full and full["human rank"] == pytest.approx((0.625, 0.075))
     assert before["by_seed"] == pytest.approx([(0.1 + 0.1) / 2 - 0.55, (0.1 + 0.1) / 2 - 0.7])
     assert before["extra steps to first valid"][0] == pytest.approx((20 + 0 + 0 + 0) / 4)
+
+
+def test_the_rank_by_step_keeps_what_a_run_had_and_is_left_out_where_unknown():
+    runs = [("a", [0.2, 0.6]), ("b", [0.1, 0.2, 0.3]), ("a", []), ("b", [0.3])]
+    found = study.rank_by_step(
+        [{"competition_id": name, "human_rank_by_step": ranks} for name, ranks in runs], 4)
+    assert found == {"a": [0.1, 0.3, 0.3, 0.3], "b": [0.2, 0.25, 0.3, 0.3]}
+    ranks = [[0.5], [0.5]]
+    rows = study.summarize([
+        result("full", 0, ranks) | {"by_step": {"train": found}},
+        result("full", 1, ranks), result("uniform", 1, ranks),
+        result("neither", 0, ranks) | {"by_step": {"train": {"a": [0.0] * 4, "b": [0.1] * 4}}},
+    ], ["train"], 4)
+    full, uniform, neither = rows
+    assert full["first script"] == (pytest.approx(0.15), None)
+    assert full["by_step"] == pytest.approx([0.15, 0.275, 0.3, 0.3])
+    assert "first difference" not in full and "by_step" not in uniform
+    assert neither["first difference"] == pytest.approx(-0.1)  # (0 - 0.1, 0.1 - 0.2)
+    assert neither["first interval"] == pytest.approx((-0.1, -0.1))
 
 
 def test_the_interval_covers_both_seeds_and_competitions():
