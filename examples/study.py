@@ -160,7 +160,7 @@ def run(arm: str, seed: int, args: argparse.Namespace) -> None:
     """Bring one run up to date: train, evaluate on what is missing, write result.json."""
     folder = args.out / (arm if arm == BEFORE else f"{arm}-{seed}")
     result = read_result(folder) or {"arm": arm, "seed": seed, "training": None,
-                                     "evaluations": {}, "by_step": {}, "evaluation_minutes": {}}
+                                     "evaluations": {}, "evaluation_minutes": {}}
     if arm != BEFORE and result["training"] is None:
         result["training"] = train(arm, seed, folder, args)
         write_json(folder / "result.json", result)
@@ -171,7 +171,7 @@ def run(arm: str, seed: int, args: argparse.Namespace) -> None:
         model = args.model if arm == BEFORE else folder / "policy"
         for split, rows in evaluate(arm, model, missing, folder, args).items():
             result["evaluations"][split] = [{name: row[name] for name in KEPT} for row in rows]
-            result["by_step"][split] = rank_by_step(rows, args.agent_steps)
+            result.setdefault("by_step", {})[split] = rank_by_step(rows, args.agent_steps)
         result["evaluation_minutes"]["+".join(missing)] = (time.monotonic() - started) / 60
         write_json(folder / "result.json", result)
 
@@ -294,7 +294,7 @@ def summarize(results: list[dict], splits: list[str], steps: int) -> list[dict]:
     for split in (s for s in SPLITS if s in splits):
         tables = {title: cells(results, split, name, steps) for title, name in MEASURES.items()}
         rank, by_step = tables["human rank"], cells_by_step(results, split)
-        first = {arm: {seed: steps[:, 0] for seed, steps in runs.items()}
+        first = {arm: {seed: ranks[:, 0] for seed, ranks in runs.items()}
                  for arm, runs in by_step.items()}
         for arm in (a for a in (BEFORE, *ARMS) if a in rank):
             own = [r for r in results if r["arm"] == arm and r["evaluations"].get(split)]
