@@ -288,8 +288,9 @@ MEASURES = {"human rank": "human_rank", "any medal": "any_medal_rate", "valid": 
 
 def summarize(results: list[dict], splits: list[str], steps: int) -> list[dict]:
     """A row for each split and arm: {"split", "arm", "seeds", measure: (mean, error), ...}, with
-    "difference", "by_seed" and "interval" to full, "by_step" (agent steps,) and the same of the
-    first script where there are any; the order is that of SPLITS, and of ARMS after `before`."""
+    "difference", "by_seed" and "interval" to full, "by_step" (agent steps,), "first seeds" (those
+    it is known of) and the same of the first script where there are any; the order is that of
+    SPLITS, and of ARMS after `before`."""
     rows = []
     for split in (s for s in SPLITS if s in splits):
         tables = {title: cells(results, split, name, steps) for title, name in MEASURES.items()}
@@ -306,6 +307,7 @@ def summarize(results: list[dict], splits: list[str], steps: int) -> list[dict]:
                 row["minutes"] = mean_and_error([r["training"]["minutes"] for r in own])
             if arm in by_step:
                 row["first script"] = mean_and_error([v.mean() for v in first[arm].values()])
+                row["first seeds"] = [seed for seed in by_step[arm] if seed is not None]
                 row["by_step"] = np.mean([v.mean(0) for v in by_step[arm].values()], 0).tolist()
             for prefix, ranks in (("", rank), ("first ", first)):
                 difference = (paired_difference(ranks[arm], ranks["full"])
@@ -351,11 +353,17 @@ def markdown(rows: list[dict], results: list[dict], args: argparse.Namespace) ->
                        for split in SPLITS if split in args.ids)
     flags = f" {' '.join(args.train_flags)}" if args.train_flags else ""
     again = sum(bool(r["training"] and r["training"]["resumed"]) for r in results)
-    lines += ["", f"Training seeds {', '.join(map(str, seeds))}; {args.steps} steps of "
+    lines += ["", f"Training seeds {', '.join(map(str, seeds))} (first scripts: "
+              f"{first_seeds(rows) or 'none'}); {args.steps} steps of "
               f"{rollouts_of(results) / args.steps:.0f} rollouts in every arm; {counts}; "
               f"{args.eval_seeds} evaluation seeds, {args.agent_steps} agent steps{flags}; "
               f"{again} of the runs were interrupted and resumed."]
     return "\n".join(lines) + "\n"
+
+
+def first_seeds(rows: list[dict]) -> str:
+    """The training seeds whose first scripts, and curves, are known."""
+    return ", ".join(map(str, sorted({s for row in rows for s in row.get("first seeds", [])})))
 
 
 def rollouts_of(results: list[dict]) -> int:
@@ -406,7 +414,8 @@ def draw(rows: list[dict], out: Path) -> None:
         ranks.axvline(0, color=MUTED, linewidth=1)
         title(zeros, "Groups without gradient", "share over the run; bar: standard error")
         title(steps, "Human rank as the agent goes on",
-              f"had it stopped after so many scripts; {SPLITS[splits[0]]} competitions")
+              f"had it stopped after so many scripts; {SPLITS[splits[0]]} competitions, training "
+              f"seeds {first_seeds(rows) or 'none'}")
         for row in (r for r in rows if r["split"] == splits[0] and r["arm"] != BEFORE):
             mean, error = row["no gradient"]
             zeros.barh(places[row["arm"]], mean, 0.6, xerr=error, color="#9db3d8", ecolor=INK)

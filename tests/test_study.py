@@ -111,7 +111,7 @@ def test_a_study_from_start_to_end_and_nothing_to_do_the_second_time(folders, tm
     assert "| 0.300 ± 0.000 | -0.050 [-0.050, -0.050] |" in row  # the first script
     assert "| 100.0 ± 0.0 |" in row and "2.00 ± 0.00" in row  # medals; extra steps: 3 - 1
     assert "| 16.7 ± 0.0 | 1.5 ± 0.0 |" in row  # 1 of 6 groups; 3 steps of half a minute
-    assert "training seeds 0, 1" in table.lower() and "3 steps of 8 rollouts" in table
+    assert "Training seeds 0, 1 (first scripts: 0, 1); 3 steps of 8 rollouts" in table
     assert (tmp_path / "study.png").stat().st_size > 10_000
     before = list(programs.calls)
     assert study.main(arguments(folders, tmp_path, "--", "--groups", "2")) == 0
@@ -241,6 +241,7 @@ def test_the_rank_by_step_keeps_what_a_run_had_and_is_left_out_where_unknown():
     assert full["first script"] == (pytest.approx(0.15), None)
     assert full["by_step"] == pytest.approx([0.15, 0.275, 0.3, 0.3])
     assert "first difference" not in full and "by_step" not in uniform
+    assert full["first seeds"] == [0] and study.first_seeds(rows) == "0"  # of 0 and 1
     assert neither["first difference"] == pytest.approx(-0.1)  # (0 - 0.1, 0.1 - 0.2)
     assert neither["first interval"] == pytest.approx((-0.1, -0.1))
 
