@@ -21,10 +21,11 @@ How the numbers are made (everything here is [ours]):
 1. human_rank is that of the script which the agent hands in; it chooses by the validation scores
    that its scripts printed. A run that hands in nothing has human_rank 0 and took all its steps.
 2. mean +- standard error: over training seeds, of the means over competitions and evaluation seeds.
-3. The difference of an arm to `full` is paired: same competition, same training seed. Its interval
-   is a percentile bootstrap (95 %) over competitions and training seeds, both drawn anew, and so
-   speaks of other competitions and other runs. With few seeds it is too narrow: it takes the
-   spread of S seeds for that of all, which is short by a factor of sqrt(1 - 1/S).
+3. The difference of an arm to `full` is paired: same competition, same training seed, over the
+   seeds that both have. Its interval is a percentile bootstrap (95 %) over competitions and
+   training seeds, both drawn anew, and so speaks of other competitions and other runs. With few
+   seeds it is too narrow: it takes the spread of S seeds for that of all, which is short by a
+   factor of sqrt(1 - 1/S); with one it speaks of other competitions alone.
 4. Groups without gradient: all G rewards equal, counted over the whole run.
 5. Minutes: the training steps alone, without start and evaluation.
 6. "First script": human rank had the agent handed in its first script, a draft. It says what one
@@ -335,14 +336,15 @@ def markdown(rows: list[dict], results: list[dict], args: argparse.Namespace) ->
         return "{:+.3f} [{:+.3f}, {:+.3f}]".format(row[prefix + "difference"],
                                                    *row[prefix + "interval"])
 
-    lines = ["| competitions | arm | human rank | difference to full [95 %] | first script "
+    lines = ["| competitions | arm | seeds | human rank | difference to full [95 %] | first script "
              "| difference to full [95 %] | any medal, % | valid, % | first draft valid, % "
              "| extra steps to first valid | groups without gradient, % | minutes |",
-             "|" + " --- |" * 12]
+             "|" + " --- |" * 13]
     for row in rows:
         text = "before RL" if row["arm"] == BEFORE else ARMS[row["arm"]].text
         lines.append("| " + " | ".join([
-            SPLITS[row["split"]], text, show(row["human rank"]), difference(row),
+            SPLITS[row["split"]], text, "-" if row["arm"] == BEFORE else str(row["seeds"]),
+            show(row["human rank"]), difference(row),
             show(row.get("first script")), difference(row, "first "),
             show(row["any medal"], 100, 1), show(row["valid"], 100, 1),
             show(row["first draft valid"], 100, 1),

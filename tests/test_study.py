@@ -107,7 +107,7 @@ def test_a_study_from_start_to_end_and_nothing_to_do_the_second_time(folders, tm
     assert all(value["--groups"] == "2" and value["--heldout"] == "" for _, value in trained)
     table = (tmp_path / "table.md").read_text()
     row = next(line for line in table.splitlines() if "no buffer" in line)
-    assert "| 0.605 ± 0.000 | -0.100 [-0.100, -0.100] |" in row
+    assert "| no buffer: drafts only | 2 | 0.605 ± 0.000 | -0.100 [-0.100, -0.100] |" in row
     assert "| 0.300 ± 0.000 | -0.050 [-0.050, -0.050] |" in row  # the first script
     assert "| 100.0 ± 0.0 |" in row and "2.00 ± 0.00" in row  # medals; extra steps: 3 - 1
     assert "| 16.7 ± 0.0 | 1.5 ± 0.0 |" in row  # 1 of 6 groups; 3 steps of half a minute
