@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -84,7 +85,8 @@ def main() -> None:
     cut = words.index("--") if "--" in words else len(words)
     args = parser.parse_args(words[:cut])
     args.flags = words[cut + 1:]
-    with tempfile.TemporaryDirectory() as folder:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the folder goes as well
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         results = {eta: run(eta, Path(folder) / f"eta-{eta}", args) for eta in (0, 2)}
     print("\nmeans over the steps, seconds; quality of the frozen policy's drafts after training")
     print(f"{'eta':>4}" + "".join(f"{name:>11}" for name in results[0]))
