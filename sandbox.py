@@ -657,6 +657,11 @@ def step_reward(
     return base
 
 
+# One thread parses at a time: Python 3.11 counts a syntax tree's depth in one place for all threads,
+# and where a garbage collection lets another thread in between, both raise SystemError.
+_parsing = threading.Lock()
+
+
 def code_key(code: str) -> str:
     """Digest of the normalised syntax tree: scripts that differ in comments and layout are equal.
 
@@ -668,7 +673,7 @@ def code_key(code: str) -> str:
     text = code.strip()
     if len(text) < 200_000:  # a huge tree costs far more than its text
         try:
-            with warnings.catch_warnings():
+            with _parsing, warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 text = ast.dump(ast.parse(code))
         except (SyntaxError, ValueError, RecursionError, MemoryError):

@@ -317,6 +317,31 @@ def test_code_key_survives_hostile_text(code):
     assert out[0][0] == out[0][1] != out[0][2]
 
 
+def test_code_key_in_many_threads():
+    # What made Python 3.11 raise SystemError: another thread parses while this one's parser waits
+    # in a garbage collection, in a finaliser written in Python.
+    class Cycle:
+        def __init__(self):
+            self.me = self
+
+        def __del__(self):
+            sum(range(20))
+
+    def key(_):
+        for _ in range(50):
+            Cycle()
+        return code_key(code)
+
+    code = "\n".join(f"def f{i}(x):\n    return [x[{i}].y(z={i}) for x in {i}]" for i in range(60))
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            assert len(set(pool.map(key, range(1200)))) == 1
+    finally:
+        sys.setswitchinterval(before)
+
+
 # ------------------------------------------------------------------------------------------------
 # Reading submissions
 
