@@ -16,10 +16,12 @@ What is the paper's and what is ours:
  1. [paper] A Learnability Potential guides the sampling. Its formula is not in the abstract; ours
             has the two ingredients that summaries of the paper name, variance and headroom.
  2. [ours]  mu and sigma are recency-weighted: an earlier group weighs `decay` of the next one.
-            sigma^2 averages the variances *inside* groups, since that is what GRPO learns from:
-            all zeros yesterday and all ones today is no spread.
+            sigma averages the spreads *inside* groups, since that is what GRPO learns from: all
+            zeros yesterday and all ones today is no spread. It averages the standard deviations,
+            not the variances: where one group in nine has spread, a ninth is to be learnt there,
+            and the root of a mean variance would say a third.
  3. [ours]  A task that was never visited has an optimistic prior from its parent's traces and from
-            what its operator has brought so far (`prior`). It weighs as much as `prior_strength`
+            what its competition has brought so far (`prior`). It weighs as much as `prior_strength`
             rewards, so that one group without spread lowers a potential but does not end it.
  4. [ours]  share(operator) = the mean LP^(1/tau) that a draw inside the operator meets. With a
             plain sum over all tasks instead, a dozen draft roots drown among hundreds of children
@@ -82,7 +84,9 @@ def learnability_potential(mean, std, kind: str = "lp") -> np.ndarray:
 # The most learnable 0/1 reward: LP = sqrt(p(1-p))(1-p) is largest at p = 1/4. What nothing is
 # known of is assumed to be that.
 OPTIMISTIC_MEAN = 0.25
-OPTIMISTIC_VAR = 3 / 16
+OPTIMISTIC_STD = (3 / 16) ** 0.5
+UNKNOWN = (OPTIMISTIC_MEAN, OPTIMISTIC_STD, 1)  # the level of a competition without groups
+LEVEL_RATE = 0.1  # least weight of a group in its competition's level: about the last ten count
 
 BLOCK = 1024  # tasks a block: with a million tasks as many blocks as tasks in a block
 PROPOSALS = 16  # refused proposals before the probabilities are computed in full
@@ -90,7 +94,7 @@ IN_FLIGHT = np.iinfo(np.int64).max // 2  # a last visit that lies in the future:
 NEVER = -IN_FLIGHT
 
 ROW = np.dtype([
-    ("mean", "f4"), ("var", "f4"),  # recency-weighted, of the rewards
+    ("mean", "f4"), ("std", "f4"),  # recency-weighted, of the rewards
     ("evidence", "f4"),  # the number of rewards that they stand for
     ("weight", "f4"),  # LP^(1/tau)
     ("last", "i8"),  # value of the draw counter at the last visit
@@ -130,12 +134,12 @@ class AdaptiveSampler:
         self.balance_operators = balance_operators
         self.rng = np.random.default_rng(seed)
         self.operators = tuple(operators)
-        self.level = {op: [OPTIMISTIC_MEAN, OPTIMISTIC_VAR] for op in self.operators}
         self.draws = 0  # tasks drawn so far: the clock of the ageing
         self.late = 0  # groups that came back after their task had been removed
         self.in_flight: dict[str, int] = {}  # id -> its last visit before
         self._removed_in_flight: set[str] = set()
         self.competitions: list[str] = []
+        self.levels: list[list[float]] = []  # of each competition: mean, std, groups behind them
         self._clear(capacity=BLOCK)
 
     def _clear(self, capacity: int) -> None:
@@ -171,9 +175,10 @@ class AdaptiveSampler:
             raise ValueError(f"task {task_id!r} is in the sampler already")
         if operator not in self.operators:
             raise ValueError(f"unknown operator {operator!r}; know {', '.join(self.operators)}")
-        mean, var = self.prior(operator, prior_rewards, parent_reward)
+        mean, std = self.prior(competition_id, operator, prior_rewards, parent_reward)
         if competition_id not in self.competitions:
             self.competitions.append(competition_id)
+            self.levels.append(list(UNKNOWN))
             self.members.append([array("i") for _ in self.operators])
             self.counts = np.pad(self.counts, ((0, 1), (0, 0)))
         if len(self) == len(self.table):
@@ -185,15 +190,16 @@ class AdaptiveSampler:
         self.rows.insert(task_id, row)
         competition = self.competitions.index(competition_id)
         self._place(row, competition, self.operators.index(operator))
-        self._write(row, mean, var, self.prior_strength, visits=0, last=NEVER)
+        self._write(row, mean, std, self.prior_strength, visits=0, last=NEVER)
 
-    def prior(self, operator: str, rewards: Sequence[float] | None = None,
+    def prior(self, competition_id: str, operator: str, rewards: Sequence[float] | None = None,
               parent_reward: float | None = None) -> tuple[float, float]:
-        """Mean and variance assumed of a task before its first visit.
+        """Mean and standard deviation assumed of a task before its first visit.
 
-        The operator's level is a running mean over all its groups, and optimistic at the start: as
-        learnable as a 0/1 reward can be. A root takes its level. A child's variance lies half-way
-        between the level's and that of the parent's group; its mean is for
+        The competition's level is a running mean over all its groups, and optimistic at the start:
+        as learnable as a 0/1 reward can be, which counts as one group. A root takes the level. A
+        child's deviation lies half-way between the level's and that of the parent's group; its
+        mean is for
 
             improve, crossover  the (better) parent's reward: a policy that changes nothing
                      repeats it
@@ -201,23 +207,24 @@ class AdaptiveSampler:
                      half of the drafts right can probably mend some of the other half
 
         >>> sampler = AdaptiveSampler()
-        >>> sampler.prior("draft")
-        (0.25, 0.1875)
-        >>> sampler.prior("improve", [0.0, 0.75], 0.75)
-        (0.75, 0.1640625)
-        >>> sampler.prior("debug", [0.0, 0.75], 0.0)
-        (0.3125, 0.1640625)
+        >>> sampler.prior("titanic", "draft")
+        (0.25, 0.4330127018922193)
+        >>> sampler.prior("titanic", "improve", [0.0, 0.75], 0.75)
+        (0.75, 0.40400635094610965)
+        >>> sampler.prior("titanic", "debug", [0.0, 0.75], 0.0)
+        (0.3125, 0.40400635094610965)
         """
-        mean, var = self.level[operator]
+        mean, std, _ = (self.levels[self.competitions.index(competition_id)]
+                        if competition_id in self.competitions else UNKNOWN)
         rewards = np.asarray([] if rewards is None else rewards, float)
         if rewards.size:
-            group_mean, group_var = _moments(rewards)
-            var = (var + group_var) / 2
+            group_mean, group_std = _moments(rewards)
+            std = (std + group_std) / 2
             if operator == "debug":
                 mean = (mean + group_mean) / 2
             elif operator != "draft":
                 mean = float(rewards.max() if parent_reward is None else parent_reward)
-        return mean, var
+        return mean, std
 
     def remove(self, task_id: str) -> None:
         """Forget a task (it was evicted). Its group, if in flight, is then ignored on arrival.
@@ -261,17 +268,19 @@ class AdaptiveSampler:
             return
         row = self._row(task_id)
         self.in_flight.pop(task_id, None)
-        mean, var = _moments(rewards)
-
-        level = self.level[self.operators[self.table["operator"][row]]]
-        level[0] += OPERATOR_RATE * (mean - level[0])
-        level[1] += OPERATOR_RATE * (var - level[1])
-
+        mean, std = _moments(rewards)
         old = self.table[row]
+
+        level = self.levels[old["competition"]]
+        level[2] += 1
+        rate = max(1 / level[2], LEVEL_RATE)
+        level[0] += rate * (mean - level[0])
+        level[1] += rate * (std - level[1])
+
         kept = (self.decay if old["visits"] else 1.0) * float(old["evidence"])
         share = rewards.size / (kept + rewards.size)  # of the new group
         self._write(row, float(old["mean"]) + share * (mean - float(old["mean"])),
-                    float(old["var"]) + share * (var - float(old["var"])),
+                    float(old["std"]) + share * (std - float(old["std"])),
                     kept + rewards.size, visits=int(old["visits"]) + 1, last=self.draws)
 
     def release(self, task_id: str) -> None:
@@ -290,7 +299,7 @@ class AdaptiveSampler:
     def statistics(self, task_id: str) -> dict[str, float]:
         """mean, std, visits of a task. Raises KeyError for an unknown id."""
         row = self.table[self._row(task_id)]
-        return {"mean": float(row["mean"]), "std": float(row["var"]) ** 0.5,
+        return {"mean": float(row["mean"]), "std": float(row["std"]),
                 "visits": int(row["visits"])}
 
     def metrics(self) -> dict[str, float]:
@@ -399,16 +408,16 @@ class AdaptiveSampler:
         members.pop()
         self.counts[entry["competition"], entry["operator"]] -= 1
 
-    def _write(self, row: int, mean: float, var: float, evidence: float, visits: int,
+    def _write(self, row: int, mean: float, std: float, evidence: float, visits: int,
                last: int) -> None:
         entry = self.table[row]
-        entry["mean"], entry["var"], entry["evidence"] = mean, var, evidence
+        entry["mean"], entry["std"], entry["evidence"] = mean, std, evidence
         entry["visits"], entry["last"] = visits, last
-        entry["weight"] = self._weight(entry["mean"], entry["var"])
+        entry["weight"] = self._weight(entry["mean"], entry["std"])
         self._sum_block(row // BLOCK, int(entry["operator"]))
 
-    def _weight(self, mean, var):
-        return learnability_potential(mean, np.sqrt(var), self.kind) ** (1 / self.tau)
+    def _weight(self, mean, std):
+        return learnability_potential(mean, std, self.kind) ** (1 / self.tau)
 
     def _weights(self, block: int, operator: int) -> np.ndarray:
         """(BLOCK,) weights, zero for the tasks of other operators and for unused rows."""
@@ -433,10 +442,11 @@ class AdaptiveSampler:
         return {
             "rng": self.rng.bit_generator.state,
             "draws": self.draws, "late": self.late,
-            "level": {op: list(level) for op, level in self.level.items()},
             "in_flight": dict(self.in_flight),
             "removed_in_flight": sorted(self._removed_in_flight),
-            "competitions": list(self.competitions), "operators": list(self.operators),
+            "competitions": list(self.competitions),
+            "levels": [list(level) for level in self.levels],
+            "operators": list(self.operators),
             "ids": list(self.ids),
             "table": {name: table[name].tolist() for name in ROW.names if name != "weight"},
         }
@@ -451,17 +461,17 @@ class AdaptiveSampler:
                              f"this sampler {list(self.operators)}")
         self.rng.bit_generator.state = state["rng"]
         self.draws, self.late = state["draws"], state["late"]
-        self.level = {op: list(level) for op, level in state["level"].items()}
         self.in_flight = dict(state["in_flight"])
         self._removed_in_flight = set(state["removed_in_flight"])
         self.competitions = list(state["competitions"])
+        self.levels = [list(level) for level in state["levels"]]
         count = len(state["ids"])
         self._clear(capacity=(count // BLOCK + 1) * BLOCK)
         self.ids.extend(state["ids"])
         table = self.table[:count]
         for name, column in state["table"].items():
             table[name] = column
-        table["weight"] = self._weight(table["mean"], table["var"])
+        table["weight"] = self._weight(table["mean"], table["std"])
         for row in np.argsort(table["place"], kind="stable").tolist():
             competition, operator = table["competition"][row], table["operator"][row]
             self.members[competition][operator].append(row)
@@ -473,14 +483,11 @@ class AdaptiveSampler:
                 self._sum_block(block, operator)
 
 
-OPERATOR_RATE = 0.1  # weight of a group in its operator's running level: about the last ten count
-
-
 def _moments(rewards: np.ndarray) -> tuple[float, float]:
-    """Mean and variance (ddof 0), much faster than numpy's own for a few numbers."""
+    """Mean and standard deviation (ddof 0), much faster than numpy's own for a few numbers."""
     mean = float(rewards.sum()) / rewards.size
     deviation = rewards - mean
-    return mean, float(deviation @ deviation) / rewards.size
+    return mean, (float(deviation @ deviation) / rewards.size) ** 0.5
 
 
 def _search(cumulative: np.ndarray, value: float) -> int:
@@ -557,11 +564,12 @@ def main() -> None:
     for task_id in order:
         sampler.update(task_id, groups[task_id])
     print("  the prior weighs as much as a group of four: frontier has mean (0.25 + 0.5)/2 = 0.375")
-    print("  and variance (3/16 + 1/4)/2 = 0.219, so LP = 0.468 * 0.625 = 0.292")
+    print("  and deviation (0.433 + 0.5)/2 = 0.467, so LP = 0.467 * 0.625 = 0.292")
     show(sampler)
 
-    print("\nA failed draft of `frontier` opens a debug task. Its prior: mean (0.25 + 0.5)/2 ...")
-    print("  variance (3/16 + 1/4)/2. It is awake (cool 1), the others were just visited (1/5):")
+    print("\nA failed draft of `frontier` opens a debug task. Its prior lies half-way between its")
+    print("  competition's level (mean (0.25 + 0.5)/2, deviation (0.433 + 0.5)/2) and the group's.")
+    print("  It is awake (cool 1), the others were just visited (1/5):")
     sampler.add("frontier/debug/a", "frontier", "debug", prior_rewards=[0, 1, 0, 1],
                 parent_reward=0.0)
     show(sampler)

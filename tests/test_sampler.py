@@ -65,11 +65,12 @@ def test_an_unknown_kind_is_refused_at_once():
 
 def test_priors_by_operator():
     sampler = AdaptiveSampler()
-    assert sampler.prior("draft") == (0.25, 3 / 16)
-    rewards = [0.0, 0.0, 0.4, 0.8]  # mean 0.3, variance 0.11
-    assert sampler.prior("improve", rewards, 0.4) == pytest.approx((0.4, (3 / 16 + 0.11) / 2))
-    assert sampler.prior("improve", rewards) == pytest.approx((0.8, (3 / 16 + 0.11) / 2))
-    assert sampler.prior("debug", rewards, 0.0) == pytest.approx((0.275, (3 / 16 + 0.11) / 2))
+    optimistic = 3**0.5 / 4
+    assert sampler.prior("a", "draft") == pytest.approx((0.25, optimistic))
+    rewards, std = [0.0, 0.0, 0.4, 0.8], (optimistic + 0.11**0.5) / 2  # mean 0.3, variance 0.11
+    assert sampler.prior("a", "improve", rewards, 0.4) == pytest.approx((0.4, std))
+    assert sampler.prior("a", "improve", rewards) == pytest.approx((0.8, std))
+    assert sampler.prior("a", "debug", rewards, 0.0) == pytest.approx((0.275, std))
 
 
 def test_the_prior_of_a_hopeless_group_is_lower_but_not_zero():
@@ -79,23 +80,38 @@ def test_the_prior_of_a_hopeless_group_is_lower_but_not_zero():
     assert 0.1 < sampler.score("hopeless") < sampler.score("frontier")
 
 
-def test_an_operators_level_follows_its_groups():
-    sampler = roots("a")
-    sampler.update("a/draft", [1.0, 1.0])
-    mean, var = sampler.prior("draft")
-    assert mean == pytest.approx(0.25 + 0.1 * 0.75) and var == pytest.approx(0.9 * 3 / 16)
-    assert sampler.prior("debug") == (0.25, 3 / 16)
+def test_a_competitions_level_follows_its_groups():
+    sampler = roots("ab")
+    sampler.update("a/draft", [1.0, 1.0])  # the optimistic start counts as one group
+    assert sampler.prior("a", "draft") == pytest.approx((0.625, 3**0.5 / 8))
+    for _ in range(8):
+        sampler.update("a/draft", [0.0, 1.0])  # ten groups with the start: all count alike
+    mean, std = (0.25 + 1 + 8 * 0.5) / 10, (3**0.5 / 4 + 8 * 0.5) / 10
+    assert sampler.prior("a", "draft") == pytest.approx((mean, std))
+    sampler.update("a/draft", [0.0, 0.0])  # from now on the last group weighs a tenth
+    assert sampler.prior("a", "draft") == pytest.approx((0.9 * mean, 0.9 * std))
+    assert sampler.prior("b", "draft") == sampler.prior("new", "draft") == module.UNKNOWN[:2]
+
+
+def test_new_tasks_of_a_hopeless_competition_are_expected_to_be_hopeless():
+    sampler = roots("ab")
+    for _ in range(9):
+        sampler.update("a/draft", [0.0] * 4)
+    for name in "ab":  # groups alike, competitions not
+        sampler.add(f"{name}/debug", name, "debug", [0.0] * 4, 0.0)
+    assert sampler.score("a/debug") < 0.2 * sampler.score("b/debug")
 
 
 def test_recency_weighted_mean_and_std():
     sampler = roots("a", prior_strength=4, decay=0.5)
     sampler.update("a/draft", [0, 1, 0, 1])  # evidence 4 + 4
     first = sampler.statistics("a/draft")
-    assert first == approx(mean=0.375, std=(7 / 32) ** 0.5, visits=1)
-    assert sampler.score("a/draft") == pytest.approx((7 / 32) ** 0.5 * 0.625, abs=1e-6)
+    std = (3**0.5 / 4 + 0.5) / 2
+    assert first == approx(mean=0.375, std=std, visits=1)
+    assert sampler.score("a/draft") == pytest.approx(std * 0.625, abs=1e-6)
     sampler.update("a/draft", [1, 1, 1, 1])  # evidence 8 / 2 + 4: the new group counts half
     assert sampler.statistics("a/draft") == approx(
-        mean=(0.375 + 1) / 2, std=(7 / 64) ** 0.5, visits=2)
+        mean=(0.375 + 1) / 2, std=std / 2, visits=2)
 
 
 def test_spread_between_groups_is_no_spread():
@@ -103,6 +119,13 @@ def test_spread_between_groups_is_no_spread():
     sampler.update("a/draft", [0.0] * 4)
     sampler.update("a/draft", [1.0] * 4)
     assert sampler.statistics("a/draft") == approx(mean=2 / 3, std=0.0, visits=2)
+
+
+def test_a_rare_spread_counts_as_rarely_as_it_comes():
+    sampler = roots("a", prior_strength=0, decay=0.5)
+    sampler.update("a/draft", [0.0, 1.0])
+    sampler.update("a/draft", [0.0, 0.0])  # evidence 2 / 2 + 2: two thirds are without spread
+    assert sampler.statistics("a/draft") == approx(mean=0.5 / 3, std=0.5 / 3, visits=2)
 
 
 def test_a_hopeless_task_fades_by_and_by():
