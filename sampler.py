@@ -5,7 +5,7 @@ the half of AceGRPO that keeps training at "the agent's learning frontier". GRPO
 differences inside a group: a task that the policy always fails, or always solves, teaches nothing
 and costs as much as any other. So every task x gets a potential and is drawn with probability
 
-    LP(x) = sigma_x * (1 - mu_x)                        spread of its rewards times headroom left
+    LP(x) = sigma_x * (1 - mu_x)       spread of its rewards within a group times headroom left
     P(x) ~ [ (1 - eps) * S(x) + eps * U(x) ] * cool(x)  normalised over all tasks
 
     S(x) = share(operator of x) * LP(x)^(1/tau) / (sum of LP^(1/tau) over the operator's tasks)
@@ -16,13 +16,14 @@ What is the paper's and what is ours:
  1. [paper] A Learnability Potential guides the sampling. Its formula is not in the abstract; ours
             has the two ingredients that summaries of the paper name, variance and headroom.
  2. [ours]  mu and sigma are recency-weighted: an earlier group weighs `decay` of the next one.
-            sigma averages the spreads *inside* groups, since that is what GRPO learns from: all
-            zeros yesterday and all ones today is no spread. It averages the standard deviations,
-            not the variances: where one group in nine has spread, a ninth is to be learnt there,
-            and the root of a mean variance would say a third.
- 3. [ours]  A task that was never visited has an optimistic prior from its parent's traces and from
-            what its competition has brought so far (`prior`). It weighs as much as `prior_strength`
-            rewards, so that one group without spread lowers a potential but does not end it.
+            sigma is the mean of the standard deviations *inside* groups, since those are what GRPO
+            learns from (advantages are rewards minus their group's mean): all zeros yesterday and
+            all ones today is no spread. It is not the root of the mean variance: if one group in
+            nine has deviation s and the others none, sigma is s/9, where the root would say s/3.
+ 3. [ours]  A task that was never visited has a prior from its parent's group and from what its
+            competition has brought so far, optimistic while that is nothing (`prior`). It weighs
+            as much as `prior_strength` rewards, so that one group without spread lowers a potential
+            but does not end it.
  4. [ours]  share(operator) = the mean LP^(1/tau) that a draw inside the operator meets. With a
             plain sum over all tasks instead, a dozen draft roots drown among hundreds of children
             (`balance_operators=False`). The same reason gives U its middle level.
@@ -55,7 +56,8 @@ def learnability_potential(mean, std, kind: str = "lp") -> np.ndarray:
     """How much a policy can learn from a task now. Pure; elementwise; never negative.
 
     Args:
-        mean, std: of the task's rewards in [0, 1]; scalars or arrays of one shape.
+        mean: of the task's rewards in [0, 1]; a scalar or an array.
+        std: of its rewards within a group; of the same shape.
         kind: `lp` std * (1 - mean); `variance` mean * (1 - mean), the variance of a 0/1 reward;
             `regret` 1 - mean where any reward was above zero, else 0; `uniform` 1.
 
@@ -81,12 +83,12 @@ def learnability_potential(mean, std, kind: str = "lp") -> np.ndarray:
     raise ValueError(f"unknown potential {kind!r}; choose one of {', '.join(KINDS)}")
 
 
-# The most learnable 0/1 reward: LP = sqrt(p(1-p))(1-p) is largest at p = 1/4. What nothing is
-# known of is assumed to be that.
+# The most learnable group of 0/1 rewards: LP = sqrt(q(1-q))(1-q), q the share of ones, is largest
+# at q = 1/4. No rewards in [0, 1] have more; what nothing is known of is assumed to be that.
 OPTIMISTIC_MEAN = 0.25
 OPTIMISTIC_STD = (3 / 16) ** 0.5
-UNKNOWN = (OPTIMISTIC_MEAN, OPTIMISTIC_STD, 1)  # the level of a competition without groups
-LEVEL_RATE = 0.1  # least weight of a group in its competition's level: about the last ten count
+FIRST_LEVEL = (OPTIMISTIC_MEAN, OPTIMISTIC_STD, 1)  # of a competition: it counts as one group
+LEVEL_RATE = 0.1  # least weight of a new group in its competition's level
 
 BLOCK = 1024  # tasks a block: with a million tasks as many blocks as tasks in a block
 PROPOSALS = 16  # refused proposals before the probabilities are computed in full
@@ -94,7 +96,7 @@ IN_FLIGHT = np.iinfo(np.int64).max // 2  # a last visit that lies in the future:
 NEVER = -IN_FLIGHT
 
 ROW = np.dtype([
-    ("mean", "f4"), ("std", "f4"),  # recency-weighted, of the rewards
+    ("mean", "f4"), ("std", "f4"),  # recency-weighted: of the rewards, within groups
     ("evidence", "f4"),  # the number of rewards that they stand for
     ("weight", "f4"),  # LP^(1/tau)
     ("last", "i8"),  # value of the draw counter at the last visit
@@ -139,7 +141,7 @@ class AdaptiveSampler:
         self.in_flight: dict[str, int] = {}  # id -> its last visit before
         self._removed_in_flight: set[str] = set()
         self.competitions: list[str] = []
-        self.levels: list[list[float]] = []  # of each competition: mean, std, groups behind them
+        self.levels: list[list[float]] = []  # of each competition: mean, std, number of groups
         self._clear(capacity=BLOCK)
 
     def _clear(self, capacity: int) -> None:
@@ -178,7 +180,7 @@ class AdaptiveSampler:
         mean, std = self.prior(competition_id, operator, prior_rewards, parent_reward)
         if competition_id not in self.competitions:
             self.competitions.append(competition_id)
-            self.levels.append(list(UNKNOWN))
+            self.levels.append(list(FIRST_LEVEL))
             self.members.append([array("i") for _ in self.operators])
             self.counts = np.pad(self.counts, ((0, 1), (0, 0)))
         if len(self) == len(self.table):
@@ -196,14 +198,14 @@ class AdaptiveSampler:
               parent_reward: float | None = None) -> tuple[float, float]:
         """Mean and standard deviation assumed of a task before its first visit.
 
-        The competition's level is a running mean over all its groups, and optimistic at the start:
-        as learnable as a 0/1 reward can be, which counts as one group. A root takes the level. A
-        child's deviation lies half-way between the level's and that of the parent's group; its
-        mean is for
+        A root takes its competition's level: the mean over its groups, whatever their operators,
+        recency-weighted from the tenth on (`LEVEL_RATE`). The level starts as learnable as a group
+        can be, and this start counts as one group. A child's standard deviation lies half-way
+        between the level's and that of the parent's group, which in training is part of the level
+        by then; its mean is for
 
-            improve, crossover  the (better) parent's reward: a policy that changes nothing
-                     repeats it
-            debug    half-way between the level and the mean of the parent's group: whoever writes
+            improve, crossover  the (better) parent's reward: what a script as good as that earns
+            debug    half-way between the level's and that of the parent's group: whoever writes
                      half of the drafts right can probably mend some of the other half
 
         >>> sampler = AdaptiveSampler()
@@ -215,7 +217,7 @@ class AdaptiveSampler:
         (0.3125, 0.40400635094610965)
         """
         mean, std, _ = (self.levels[self.competitions.index(competition_id)]
-                        if competition_id in self.competitions else UNKNOWN)
+                        if competition_id in self.competitions else FIRST_LEVEL)
         rewards = np.asarray([] if rewards is None else rewards, float)
         if rewards.size:
             group_mean, group_std = _moments(rewards)
@@ -271,11 +273,10 @@ class AdaptiveSampler:
         mean, std = _moments(rewards)
         old = self.table[row]
 
-        level = self.levels[old["competition"]]
-        level[2] += 1
-        rate = max(1 / level[2], LEVEL_RATE)
-        level[0] += rate * (mean - level[0])
-        level[1] += rate * (std - level[1])
+        level_mean, level_std, groups = self.levels[old["competition"]]
+        rate = max(1 / (groups + 1), LEVEL_RATE)
+        self.levels[old["competition"]] = [level_mean + rate * (mean - level_mean),
+                                           level_std + rate * (std - level_std), groups + 1]
 
         kept = (self.decay if old["visits"] else 1.0) * float(old["evidence"])
         share = rewards.size / (kept + rewards.size)  # of the new group
@@ -297,7 +298,7 @@ class AdaptiveSampler:
         return float(self.table["weight"][self._row(task_id)]) ** self.tau
 
     def statistics(self, task_id: str) -> dict[str, float]:
-        """mean, std, visits of a task. Raises KeyError for an unknown id."""
+        """mean (of the rewards), std (within groups), visits. Raises KeyError for an unknown id."""
         row = self.table[self._row(task_id)]
         return {"mean": float(row["mean"]), "std": float(row["std"]),
                 "visits": int(row["visits"])}
@@ -374,8 +375,8 @@ class AdaptiveSampler:
                                where=share > 0)
         epsilon = self.epsilon if share.sum() > 0 else 1.0
         counts = self.counts.astype(float)
-        levels = counts.any(1).sum() * (counts > 0).sum(1, keepdims=True)  # (competitions, 1)
-        uniform = np.divide(1.0, counts * levels, out=np.zeros_like(counts), where=counts > 0)
+        choices = counts.any(1).sum() * (counts > 0).sum(1, keepdims=True)  # (competitions, 1)
+        uniform = np.divide(1.0, counts * choices, out=np.zeros_like(counts), where=counts > 0)
         p = (1 - epsilon) * per_weight[operator] * table["weight"]
         p += epsilon * uniform[table["competition"], operator]
         cool = np.clip((1.0 + self.draws - table["last"]) / (1 + self.cooldown), 0.0, 1.0)
@@ -553,7 +554,7 @@ def main() -> None:
     sampler = AdaptiveSampler(cooldown=4, seed=0)
     for competition in ("easy", "frontier", "hard"):
         sampler.add(f"{competition}/draft", competition, "draft")
-    print("Three draft roots, never visited: all as learnable as a 0/1 reward can be,")
+    print("Three draft roots, never visited: all as learnable as a group can be,")
     print("  LP = sqrt(3)/4 * 3/4 = 0.325, and equally likely:")
     show(sampler)
 
@@ -564,11 +565,11 @@ def main() -> None:
     for task_id in order:
         sampler.update(task_id, groups[task_id])
     print("  the prior weighs as much as a group of four: frontier has mean (0.25 + 0.5)/2 = 0.375")
-    print("  and deviation (0.433 + 0.5)/2 = 0.467, so LP = 0.467 * 0.625 = 0.292")
+    print("  and std (0.433 + 0.5)/2 = 0.467, so LP = 0.467 * 0.625 = 0.292")
     show(sampler)
 
     print("\nA failed draft of `frontier` opens a debug task. Its prior lies half-way between its")
-    print("  competition's level (mean (0.25 + 0.5)/2, deviation (0.433 + 0.5)/2) and the group's.")
+    print("  competition's level (mean (0.25 + 0.5)/2, std (0.433 + 0.5)/2) and the group's.")
     print("  It is awake (cool 1), the others were just visited (1/5):")
     sampler.add("frontier/debug/a", "frontier", "debug", prior_rewards=[0, 1, 0, 1],
                 parent_reward=0.0)

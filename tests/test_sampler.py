@@ -36,7 +36,9 @@ def test_doctests():
 
 def test_worked_example_runs(capsys):
     module.main()
-    assert "LP 0.292" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "LP 0.292" in out
+    assert "LP 0.272" in out  # the debug task: ((0.433 + 0.5)/2 + 0.5)/2 * (1 - 0.4375)
 
 
 # ---- the potential
@@ -70,7 +72,14 @@ def test_priors_by_operator():
     rewards, std = [0.0, 0.0, 0.4, 0.8], (optimistic + 0.11**0.5) / 2  # mean 0.3, variance 0.11
     assert sampler.prior("a", "improve", rewards, 0.4) == pytest.approx((0.4, std))
     assert sampler.prior("a", "improve", rewards) == pytest.approx((0.8, std))
+    assert sampler.prior("a", "crossover", rewards, 0.4) == pytest.approx((0.4, std))
     assert sampler.prior("a", "debug", rewards, 0.0) == pytest.approx((0.275, std))
+
+
+def test_the_parents_group_is_in_the_level_already():
+    sampler = roots("a")
+    sampler.update("a/draft", [0.0] * 4)  # level: (0.25 + 0) / 2, (sqrt(3)/4 + 0) / 2
+    assert sampler.prior("a", "debug", [0.0] * 4, 0.0) == pytest.approx((0.0625, 3**0.5 / 16))
 
 
 def test_the_prior_of_a_hopeless_group_is_lower_but_not_zero():
@@ -81,7 +90,7 @@ def test_the_prior_of_a_hopeless_group_is_lower_but_not_zero():
 
 
 def test_a_competitions_level_follows_its_groups():
-    sampler = roots("ab")
+    sampler = roots("ba")
     sampler.update("a/draft", [1.0, 1.0])  # the optimistic start counts as one group
     assert sampler.prior("a", "draft") == pytest.approx((0.625, 3**0.5 / 8))
     for _ in range(8):
@@ -90,16 +99,28 @@ def test_a_competitions_level_follows_its_groups():
     assert sampler.prior("a", "draft") == pytest.approx((mean, std))
     sampler.update("a/draft", [0.0, 0.0])  # from now on the last group weighs a tenth
     assert sampler.prior("a", "draft") == pytest.approx((0.9 * mean, 0.9 * std))
-    assert sampler.prior("b", "draft") == sampler.prior("new", "draft") == module.UNKNOWN[:2]
+    for other in ("b", "new"):
+        assert sampler.prior(other, "draft") == pytest.approx((0.25, 3**0.5 / 4))
 
 
 def test_new_tasks_of_a_hopeless_competition_are_expected_to_be_hopeless():
-    sampler = roots("ab")
+    sampler = roots("ba")
     for _ in range(9):
         sampler.update("a/draft", [0.0] * 4)
     for name in "ab":  # groups alike, competitions not
         sampler.add(f"{name}/debug", name, "debug", [0.0] * 4, 0.0)
-    assert sampler.score("a/debug") < 0.2 * sampler.score("b/debug")
+    assert sampler.score("a/debug") == pytest.approx(3**0.5 / 80 * (1 - 0.0125), abs=1e-6)
+    assert sampler.score("b/debug") == pytest.approx(3**0.5 / 8 * (1 - 0.125), abs=1e-6)
+
+
+def test_a_level_outlives_its_tasks_and_counts_no_late_group():
+    sampler = roots("ab")
+    sampler.update("a/draft", [1.0, 1.0])
+    level = sampler.prior("a", "draft")
+    (task,) = [task for task in sampler.draw(2) if task == "a/draft"]
+    sampler.remove(task)
+    sampler.update(task, [0.0, 0.0])
+    assert sampler.late == 1 and sampler.prior("a", "draft") == level
 
 
 def test_recency_weighted_mean_and_std():
@@ -350,9 +371,11 @@ def test_a_restored_sampler_goes_on_as_if_nothing_had_happened():
     go_on(sampler, 20)
     sampler.draw(2)
     copy = restored(sampler, cooldown=6)
-    assert copy.state_dict() == sampler.state_dict() and list(copy.in_flight) == list(
-        sampler.in_flight)
+    state = sampler.state_dict()
+    assert copy.state_dict() == state and list(copy.in_flight) == list(sampler.in_flight)
+    assert len({groups for _, _, groups in state["levels"]}) > 1
     assert go_on(copy, 20) == go_on(sampler, 20)
+    assert copy.state_dict() == sampler.state_dict() != state
 
 
 def test_a_snapshot_loads_into_another_kind():
@@ -365,6 +388,7 @@ def test_a_snapshot_loads_into_another_kind():
 
 def consistent(sampler):
     """The incremental structures say what a computation from scratch says."""
+    assert len(sampler.levels) == len(sampler.competitions) == len(sampler.counts)
     table = sampler.table[:len(sampler)]
     for row, task in enumerate(sampler.ids):
         assert sampler.rows.find(task) == row
@@ -386,7 +410,8 @@ actions = st.lists(st.tuples(
 
 @settings(max_examples=80, deadline=None)
 @given(actions=actions, kind=st.sampled_from(module.KINDS),
-       epsilon=st.sampled_from([0.0, 0.1, 1.0]), cooldown=st.integers(0, 9), balance=st.booleans(), seed=st.integers(0, 9))
+       epsilon=st.sampled_from([0.0, 0.1, 1.0]), cooldown=st.integers(0, 9),
+       balance=st.booleans(), seed=st.integers(0, 9))
 def test_properties_of_any_history(actions, kind, epsilon, cooldown, balance, seed):
     options = dict(kind=kind, epsilon=epsilon, cooldown=cooldown, balance_operators=balance)
     sampler = AdaptiveSampler(seed=seed, **options)
@@ -395,7 +420,7 @@ def test_properties_of_any_history(actions, kind, epsilon, cooldown, balance, se
         task = list(known)[pick % len(known)] if known else None
         if action == "add":
             name = f"task{number}"
-            known[name] = (f"c{pick % 3}", module.OPERATORS[pick % 3])
+            known[name] = (f"c{pick % 3}", module.OPERATORS[pick // 3 % 4])
             sampler.add(name, *known[name], rewards, rewards[0])
         elif action == "draw":
             drawn = sampler.draw(pick % 4)
