@@ -8,8 +8,7 @@ and costs as much as any other. So every task x gets a potential and is drawn wi
     LP(x) = sigma_x * (1 - mu_x)       spread of its rewards within a group times headroom left
     P(x) ~ [ (1 - eps) * S(x) + eps * U(x) ] * cool(x)  normalised over all tasks
 
-    S(x) = share(pair of x) * LP(x)^(1/tau) / (sum of LP^(1/tau) over the pair's tasks)
-           the pair: competition and operator of x
+    S(x) = share(operator of x) * LP(x)^(1/tau) / (sum of LP^(1/tau) over the operator's tasks)
     U(x) = uniform over competitions, then over its operators, then over the tasks of the two
     cool(x) = 0 in flight, else (1 + a) / (1 + cooldown), at most 1, a = draws since the last visit
 
@@ -25,10 +24,9 @@ What is the paper's and what is ours:
             competition has brought so far, optimistic while that is nothing (`prior`). It weighs
             as much as `prior_strength` rewards, so that one group without spread lowers a potential
             but does not end it.
- 4. [ours]  share(pair) = the mean LP^(1/tau) that a draw inside the pair meets. With a plain sum
-            over all tasks instead (`balance=False`), a dozen draft roots drown among hundreds of
-            children, and a competition is drawn more for having more tasks, which its draws bring:
-            whoever is ahead runs away. The same reason gives U its levels.
+ 4. [ours]  share(operator) = the mean LP^(1/tau) that a draw inside the operator meets. With a
+            plain sum over all tasks instead, a dozen draft roots drown among hundreds of children
+            (`balance_operators=False`). The same reason gives U its middle level.
  5. [ours]  Cooling is the ageing: a task just visited waits while others are drawn.
  6. [ours]  Alternatives to LP: `variance` mu(1-mu), `regret` 1[any success]-mu, and `uniform`, the
             ablation: every task of the buffer alike, without floor and cooling.
@@ -117,7 +115,7 @@ class AdaptiveSampler:
         decay: weight of a group's rewards once the task's next group has arrived, in [0, 1).
         cooldown: draws until a visited task is fully back.
         prior_strength: number of rewards that the prior of an unseen task weighs.
-        balance: False sums LP over all tasks alike (header, point 4).
+        balance_operators: False sums LP over all tasks alike (header, point 4).
         seed: of the draws.
 
     `in_flight` holds the ids drawn and neither updated nor released, in the order of drawing.
@@ -125,15 +123,17 @@ class AdaptiveSampler:
 
     def __init__(self, kind: str = "lp", tau: float = 1.0, epsilon: float = 0.1,
                  decay: float = 0.5, cooldown: int = 8, prior_strength: float = 4.0,
-                 balance: bool = True, seed: int = 0, operators: Sequence[str] = OPERATORS):
+                 balance_operators: bool = True, seed: int = 0,
+                 operators: Sequence[str] = OPERATORS):
         learnability_potential(0.0, 0.0, kind)  # refuses an unknown kind
         if tau <= 0 or not 0 <= epsilon <= 1 or not 0 <= decay < 1 or cooldown < 0:
             raise ValueError(f"out of range: tau {tau} > 0, epsilon {epsilon} in [0, 1], "
                              f"decay {decay} in [0, 1), cooldown {cooldown} >= 0")
         if kind == "uniform":  # the ablation: nothing adapts, every task of the buffer alike
-            epsilon, cooldown, balance = 0.0, 0, False
+            epsilon, cooldown, balance_operators = 0.0, 0, False
         self.kind, self.tau, self.epsilon, self.decay = kind, tau, epsilon, decay
-        self.cooldown, self.prior_strength, self.balance = cooldown, prior_strength, balance
+        self.cooldown, self.prior_strength = cooldown, prior_strength
+        self.balance_operators = balance_operators
         self.rng = np.random.default_rng(seed)
         self.operators = tuple(operators)
         self.draws = 0  # tasks drawn so far: the clock of the ageing
@@ -151,9 +151,8 @@ class AdaptiveSampler:
         # members[competition][operator] lists rows; counts are their lengths
         self.members = [[array("i") for _ in self.operators] for _ in self.competitions]
         self.counts = np.zeros((len(self.competitions), len(self.operators)), np.int64)
-        # sums of weight and of weight^2 over a pair's tasks, in each block and in all
-        self.sums = np.zeros((2, self.counts.size, capacity // BLOCK))
-        self.totals = np.zeros((2, self.counts.size))
+        # sums of weight and of weight^2 over each block's tasks of an operator
+        self.sums = np.zeros((2, len(self.operators), capacity // BLOCK))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -184,8 +183,6 @@ class AdaptiveSampler:
             self.levels.append(list(FIRST_LEVEL))
             self.members.append([array("i") for _ in self.operators])
             self.counts = np.pad(self.counts, ((0, 1), (0, 0)))
-            self.sums = np.pad(self.sums, ((0, 0), (0, len(self.operators)), (0, 0)))
-            self.totals = np.pad(self.totals, ((0, 0), (0, len(self.operators))))
         if len(self) == len(self.table):
             more = len(self.table) // 2 // BLOCK * BLOCK or BLOCK  # half as much again
             self.table = np.concatenate([self.table, np.zeros(more, ROW)])
@@ -242,18 +239,19 @@ class AdaptiveSampler:
         self.rows.delete(task_id)
         self._unplace(row)
         last = len(self) - 1
-        blocks = {(row // BLOCK, self._pair(self.table[row]))}
+        blocks = {(row // BLOCK, int(self.table["operator"][row]))}
         if row != last:  # the last row fills the gap
             moved = self.table[last]
             self.table[row] = moved
             self.members[moved["competition"]][moved["operator"]][moved["place"]] = row
             self.ids[row] = self.ids[last]
             self.rows.move(self.ids[row], last, row)
-            blocks |= {(row // BLOCK, self._pair(moved)), (last // BLOCK, self._pair(moved))}
+            blocks |= {(row // BLOCK, int(moved["operator"])),
+                       (last // BLOCK, int(moved["operator"]))}
         self.table[last] = 0
         self.ids.pop()
-        for block, pair in blocks:
-            self._sum_block(block, pair)
+        for block, operator in blocks:
+            self._sum_block(block, operator)
 
     # ---- what a group teaches
 
@@ -345,13 +343,13 @@ class AdaptiveSampler:
 
     def _propose(self) -> int:
         """A row with the probability [(1 - eps) S + eps U], whatever its cooling."""
-        share = self._shares().cumsum()
+        share = self._operator_shares().cumsum()
         if share[-1] == 0 or self.rng.random() < self.epsilon:
             return self._propose_uniform()
-        pair = _search(share, self.rng.random() * share[-1])
-        sums = self.sums[0, pair].cumsum()
+        operator = _search(share, self.rng.random() * share[-1])
+        sums = self.sums[0, operator].cumsum()
         block = _search(sums, self.rng.random() * sums[-1])
-        weights = self._weights(block, pair).cumsum()
+        weights = self._weights(block, operator).cumsum()
         return block * BLOCK + _search(weights, self.rng.random() * weights[-1])
 
     def _propose_uniform(self) -> int:
@@ -361,25 +359,26 @@ class AdaptiveSampler:
         members = self.members[competition][operators[self.rng.integers(len(operators))]]
         return members[self.rng.integers(len(members))]
 
-    def _shares(self) -> np.ndarray:
-        """(pairs,), not normalised."""
-        total, squares = self.totals
-        if not self.balance:
+    def _operator_shares(self) -> np.ndarray:
+        """(operators,), not normalised."""
+        total, squares = self.sums.sum(2)
+        if not self.balance_operators:
             return total
         return np.divide(squares, total, out=np.zeros_like(total), where=total > 0)
 
     def _probabilities(self) -> np.ndarray:
         """(tasks,) P, computed in full. At least one task must not be in flight."""
         table = self.table[:len(self)]
-        pair, share, total = self._pair(table), self._shares(), self.totals[0]
+        operator = table["operator"]
+        share, total = self._operator_shares(), self.sums[0].sum(1)
         per_weight = np.divide(share, total * share.sum(), out=np.zeros_like(total),
                                where=share > 0)
         epsilon = self.epsilon if share.sum() > 0 else 1.0
         counts = self.counts.astype(float)
         choices = counts.any(1).sum() * (counts > 0).sum(1, keepdims=True)  # (competitions, 1)
         uniform = np.divide(1.0, counts * choices, out=np.zeros_like(counts), where=counts > 0)
-        p = (1 - epsilon) * per_weight[pair] * table["weight"]
-        p += epsilon * uniform.ravel()[pair]
+        p = (1 - epsilon) * per_weight[operator] * table["weight"]
+        p += epsilon * uniform[table["competition"], operator]
         cool = np.clip((1.0 + self.draws - table["last"]) / (1 + self.cooldown), 0.0, 1.0)
         p *= cool
         if p.sum() == 0:  # epsilon = 0, and all that has potential is in flight
@@ -393,10 +392,6 @@ class AdaptiveSampler:
         if row < 0:
             raise KeyError(f"no task {task_id!r} in the sampler")
         return row
-
-    def _pair(self, rows):
-        """Number of a row's competition and operator, or of each of some rows."""
-        return rows["competition"].astype(int) * len(self.operators) + rows["operator"]
 
     def _place(self, row: int, competition: int, operator: int) -> None:
         members = self.members[competition][operator]
@@ -420,22 +415,22 @@ class AdaptiveSampler:
         entry["mean"], entry["std"], entry["evidence"] = mean, std, evidence
         entry["visits"], entry["last"] = visits, last
         entry["weight"] = self._weight(entry["mean"], entry["std"])
-        self._sum_block(row // BLOCK, self._pair(entry))
+        self._sum_block(row // BLOCK, int(entry["operator"]))
 
     def _weight(self, mean, std):
         return learnability_potential(mean, std, self.kind) ** (1 / self.tau)
 
-    def _weights(self, block: int, pair: int) -> np.ndarray:
-        """(BLOCK,) weights, zero for the tasks of other pairs and for unused rows."""
+    def _weights(self, block: int, operator: int) -> np.ndarray:
+        """(BLOCK,) weights, zero for the tasks of other operators and for unused rows."""
         rows = self.table[block * BLOCK:(block + 1) * BLOCK]
-        return rows["weight"] * (self._pair(rows) == pair).astype(float)
+        return rows["weight"] * (rows["operator"] == operator).astype(float)
 
-    def _sum_block(self, block: int, pair: int) -> None:
+    def _sum_block(self, block: int, operator: int) -> None:
         # Summed anew rather than adjusted by the difference: no rounding error accumulates, and
         # the sums are a function of the table alone, so a restored sampler draws the same tasks.
-        weights = self._weights(block, pair)
-        self.sums[:, pair, block] = weights.sum(), weights @ weights
-        self.totals[:, pair] = self.sums[:, pair].sum(1)
+        weights = self._weights(block, operator)
+        self.sums[0, operator, block] = weights.sum()
+        self.sums[1, operator, block] = weights @ weights
 
     # ---- snapshot
 
@@ -485,8 +480,8 @@ class AdaptiveSampler:
         for row, task_id in enumerate(self.ids):
             self.rows.insert(task_id, row)
         for block in range(len(self.table) // BLOCK):
-            for pair in np.unique(self._pair(table[block * BLOCK:(block + 1) * BLOCK])):
-                self._sum_block(block, pair)
+            for operator in range(len(self.operators)):
+                self._sum_block(block, operator)
 
 
 def _moments(rewards: np.ndarray) -> tuple[float, float]:

@@ -195,19 +195,10 @@ def test_many_children_do_not_drown_the_roots():
         p = sampler.probabilities()
         return p["a/draft"], p["b/draft"]
 
-    # equal potentials: a's drafts, b's and a's debug tasks have a third of the 0.9 each; the floor
-    # gives a competition 0.05
-    assert share() == pytest.approx((0.9 / 3 + 0.05 / 2, 0.9 / 3 + 0.05), abs=1e-6)
-    assert share(balance=False) == pytest.approx(
+    # equal potentials: each operator has half of the 0.9; the floor gives a competition 0.05
+    assert share() == pytest.approx((0.9 / 4 + 0.05 / 2, 0.9 / 4 + 0.05), abs=1e-6)
+    assert share(balance_operators=False) == pytest.approx(
         (0.9 / 202 + 0.05 / 2, 0.9 / 202 + 0.05), abs=1e-6)
-
-
-def test_a_competition_is_not_drawn_more_for_having_more_tasks():
-    sampler = roots("ab", epsilon=0)
-    for i in range(50):
-        sampler.add(f"{'aaaab'[i % 5]}/debug/{i}", "aaaab"[i % 5], "debug", [0.0, 1.0], 0.0)
-    p = sampler.probabilities()
-    assert sum(v for task, v in p.items() if task[0] == "a") == pytest.approx(0.5)
 
 
 def test_the_uniform_ablation_is_uniform_over_tasks():
@@ -404,14 +395,11 @@ def consistent(sampler):
         members = sampler.members[table["competition"][row]][table["operator"][row]]
         assert members[table["place"][row]] == row
     assert sampler.counts.sum() == len(sampler)
-    for pair in range(sampler.counts.size):
-        competition, operator = divmod(pair, len(sampler.operators))
-        own = (table["competition"] == competition) & (table["operator"] == operator)
-        weights = table["weight"][own].astype(float)
-        assert sampler.sums[0, pair].sum() == pytest.approx(weights.sum())
-        assert sampler.sums[1, pair].sum() == pytest.approx((weights**2).sum())
-        assert sampler.totals[:, pair] == pytest.approx(sampler.sums[:, pair].sum(1))
-        assert sampler.counts[competition, operator] == len(weights)
+    for operator in range(len(sampler.operators)):
+        weights = table["weight"][table["operator"] == operator].astype(float)
+        assert sampler.sums[0, operator].sum() == pytest.approx(weights.sum())
+        assert sampler.sums[1, operator].sum() == pytest.approx((weights**2).sum())
+        assert sampler.counts[:, operator].sum() == len(weights)
 
 
 actions = st.lists(st.tuples(
@@ -425,7 +413,7 @@ actions = st.lists(st.tuples(
        epsilon=st.sampled_from([0.0, 0.1, 1.0]), cooldown=st.integers(0, 9),
        balance=st.booleans(), seed=st.integers(0, 9))
 def test_properties_of_any_history(actions, kind, epsilon, cooldown, balance, seed):
-    options = dict(kind=kind, epsilon=epsilon, cooldown=cooldown, balance=balance)
+    options = dict(kind=kind, epsilon=epsilon, cooldown=cooldown, balance_operators=balance)
     sampler = AdaptiveSampler(seed=seed, **options)
     known, flying = {}, set()
     for number, (action, pick, rewards) in enumerate(actions):
