@@ -889,6 +889,7 @@ class AgentConfig:
     debug_depth: int = 3  # longest chain of debug steps
     hours: float = 24.0  # wall-clock of one run, waiting included; 24 is MLE-bench's advice
     crossover_probability: float = 0.0  # of combining the two best rather than improving the best
+    retries: int = 0  # more answers asked for while they repeat a script that was tried [ours]
 
 
 @dataclass
@@ -1063,10 +1064,13 @@ def run_agent(competition: Competition, seed: int, engine, sandbox, prompter: Pr
             raise CompetitionError(f"{competition.id}: a prompt of {len(prompt_ids)} tokens leaves "
                                    f"no room for {config.max_response_tokens}; raise "
                                    "--max-model-len or lower --description-chars, --preview-chars")
-        completions, version = engine.generate(prompt_ids, 1, config.max_response_tokens,
-                                               config.temperature)
-        text = prompter.tokenizer.decode(completions[0].token_ids, skip_special_tokens=True)
-        trace = make_trace(task, 0, prompt_ids, completions[0], version, text)
+        for _ in range(agent.retries + 1):
+            completions, version = engine.generate(prompt_ids, 1, config.max_response_tokens,
+                                                   config.temperature)
+            text = prompter.tokenizer.decode(completions[0].token_ids, skip_special_tokens=True)
+            trace = make_trace(task, 0, prompt_ids, completions[0], version, text)
+            if trace.code_key not in {t.code_key for t in run.traces if t.code}:
+                break  # a script that is new, or no script
         trace.id, submission = task.id, None
         if trace.code:
             execution = sandbox.run(competition, trace.code, timeout=min(config.timeout, left))
@@ -1318,6 +1322,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--debug-depth", type=int, default=3, help="longest chain of debug steps")
     add("--crossover-probability", type=float, default=0.0,
         help="probability of combining the two best rather than improving the best")
+    add("--retries", type=int, default=0, help="answers asked for again, a step, while they repeat "
+        "a script that this agent has tried already")
     add("--parallel", type=int, default=32, help="agents at a time")
     # the scripts
     add("--slots", type=int, default=2, help="scripts that run at the same time")
@@ -1372,7 +1378,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
              "tensor_parallel max_response_tokens", lambda x: x >= 1, "be at least 1"),
             ("hours timeout", lambda x: 0 < x <= 1e6, "be in (0, 1e6]"),
             ("debug_probability crossover_probability", lambda x: 0 <= x <= 1, "be in [0, 1]"),
-            ("drafts debug_depth temperature cpu_seconds kv_cache_gib description_chars "
+            ("drafts debug_depth retries temperature cpu_seconds kv_cache_gib description_chars "
              "preview_chars output_chars memory_chars reuse_mb", lambda x: 0 <= x < math.inf,
              "be finite, and not negative")):
         for name in names.split():
@@ -1439,7 +1445,7 @@ def prepare(args: argparse.Namespace) -> tuple[list[Competition], Path]:
 def run_evaluation(args: argparse.Namespace, competitions: list[Competition], folder: Path) -> int:
     """From the start of the sandbox and the engine to the report; the exit status."""
     agent = AgentConfig(args.steps, args.drafts, args.debug_probability, args.debug_depth,
-                        args.hours, args.crossover_probability)
+                        args.hours, args.crossover_probability, args.retries)
     config = RolloutConfig(args.max_response_tokens, args.temperature, timeout=args.timeout)
     gpus = gpus_of_slots(args.sandbox_gpus, args.slots)
     with Sandbox(

@@ -23,7 +23,7 @@ import pandas as pd
 import psutil
 import pytest
 import tiny_policy
-from fakes import FakeEngine, FakePrompter, FakeSandbox
+from fakes import FakeEngine, FakePrompter, FakeSandbox, completion
 
 import rollout
 import train
@@ -436,6 +436,31 @@ def test_agent_run_and_report(competition, tmp_path):
     assert report["totals"]["human_rank"]["mean"] == pytest.approx(np.mean(values))
     assert report["totals"]["human_rank"]["sem"] == pytest.approx(
         np.std(values, ddof=1) / np.sqrt(3))
+
+
+class Parrot(FakeEngine):
+    """Its answers, in order; then the last one for ever."""
+
+    def __init__(self, *texts):
+        super().__init__()
+        self.texts, self.asked = list(texts), 0
+
+    def generate(self, prompt_ids, n, max_tokens, temperature):
+        self.asked += 1
+        text = self.texts.pop(0) if len(self.texts) > 1 else self.texts[0]
+        return [completion(text)], 0
+
+
+def test_an_answer_that_repeats_a_script_is_asked_for_again(competition, tmp_path):
+    a, b = "```python\nquality = 0.1\n```", "```python\nquality = 0.2\n```"
+    a_again = "```python\nquality  =  0.1  # the same\n```"
+    engine = Parrot(a, a_again, a, b, "no script", a)
+    run = run_agent(competition, 0, engine, FakeSandbox(), FakePrompter(["toy"]), RolloutConfig(),
+                    AgentConfig(steps=4, retries=2), tmp_path)
+    # a; then a twice more and b; an answer without a script counts; a, a and a, the last one taken
+    assert [t.code.strip() for t in run.traces] == ["quality = 0.1", "quality = 0.2", "",
+                                                    "quality = 0.1"]
+    assert engine.asked == 1 + 3 + 1 + 3
 
 
 def test_never_valid_counts_as_all_steps(competition):
