@@ -1064,12 +1064,13 @@ def run_agent(competition: Competition, seed: int, engine, sandbox, prompter: Pr
             raise CompetitionError(f"{competition.id}: a prompt of {len(prompt_ids)} tokens leaves "
                                    f"no room for {config.max_response_tokens}; raise "
                                    "--max-model-len or lower --description-chars, --preview-chars")
+        tried = {t.code_key for t in run.traces if t.code}
         for _ in range(agent.retries + 1):
             completions, version = engine.generate(prompt_ids, 1, config.max_response_tokens,
                                                    config.temperature)
             text = prompter.tokenizer.decode(completions[0].token_ids, skip_special_tokens=True)
             trace = make_trace(task, 0, prompt_ids, completions[0], version, text)
-            if trace.code_key not in {t.code_key for t in run.traces if t.code}:
+            if trace.code_key not in tried:
                 break  # a script that is new, or no script
         trace.id, submission = task.id, None
         if trace.code:
