@@ -17,6 +17,8 @@ What is the paper's and what is ours:
  5. [ours]  Depth <= D, and capacity C: the lowest scores leave first (oldest first among equals),
             never roots and never protected tasks (those in flight). The scores are the caller's:
             Learnability Potential in training. What cannot be made room for is not admitted.
+            Of a competition at most `frontier` improve tasks stay, those with the best parents: an
+            agent improves its best script, and on a poor one a policy learns to start all over.
  6. [ours]  State = append-only log + snapshot. A decision (admitted, evicted) is made once, written
             to the log, and only then applied, so replaying the log gives the same state without
             asking for scores again.
@@ -305,6 +307,8 @@ class EvolvingBuffer:
         capacity: most tasks held, roots included.
         max_depth: deepest task admitted; a draft has depth 0.
         children_per_group: k, the most tasks that one group adds.
+        frontier: most `improve` tasks of a competition, those with the best parents; 0: no limit.
+            One in flight stays until a later group of its competition.
         headroom: a valid trace opens an `improve` task only while base_reward < 1 - headroom.
         enabled: False admits nothing: the ablation `--no-buffer`. Groups are logged all the same.
         crossover: also admit tasks with two parents.
@@ -316,8 +320,9 @@ class EvolvingBuffer:
     """
 
     def __init__(self, competition_ids: Iterable[str], capacity: int = 4096, max_depth: int = 4,
-                 children_per_group: int = 3, headroom: float = 0.01, enabled: bool = True,
-                 crossover: bool = False, log_path: str | os.PathLike | None = None):
+                 children_per_group: int = 3, frontier: int = 8, headroom: float = 0.01,
+                 enabled: bool = True, crossover: bool = False,
+                 log_path: str | os.PathLike | None = None):
         self.competition_ids = list(competition_ids)
         if not self.competition_ids:
             raise ValueError("no competitions: a buffer needs at least one draft root")
@@ -329,6 +334,7 @@ class EvolvingBuffer:
         self.capacity = capacity
         self.max_depth = max_depth
         self.children_per_group = children_per_group
+        self.frontier = frontier
         self.headroom = headroom
         self.enabled = enabled
         self.crossover = crossover
@@ -337,6 +343,7 @@ class EvolvingBuffer:
         for competition_id in self.competition_ids:
             root = Task.root(competition_id)
             self.tasks[root.id] = root
+        self._improve = {name: [] for name in self.competition_ids}  # ids of the improve tasks
         self.sequence = 0  # changes since the run began: groups added and tasks taken out
         self._totals: dict[tuple[str, str], dict[str, float]] = {}  # by (competition, operator)
         self._log = None
@@ -407,16 +414,16 @@ class EvolvingBuffer:
         parents = select_parents(candidates.values(), self.children_per_group - len(crossing))
         admitted = [group.traces.index(trace) for trace in parents] + crossing
 
-        room = self.capacity - len(self.tasks)
-        evicted = []
+        admitted, evicted = self._hold_frontier(group, admitted, protected)
+
+        room = self.capacity - len(self.tasks) + len(evicted)
         if len(admitted) > room:
-            evictable = [task.id for task in self.tasks.values()
-                         if task.depth > 0 and task.id not in protected]
+            evictable = [task.id for task in self.tasks.values() if task.depth > 0
+                         and task.id not in protected and task.id not in evicted]
             # Scoring every task is what costs: a large buffer makes room for some groups at once.
             count = max(len(admitted) - room, self.capacity // 64)
-            evicted = (heapq.nsmallest(count, evictable, key=score) if score
-                       else evictable[:count])
-            admitted = admitted[:room + len(evicted)]
+            lowest = heapq.nsmallest(count, evictable, key=score) if score else evictable[:count]
+            admitted, evicted = admitted[:room + len(lowest)], evicted + lowest
 
         return {
             "sequence": self.sequence + 1,
@@ -429,6 +436,20 @@ class EvolvingBuffer:
             "merged": merged,
             "evicted": evicted,
         }
+
+    def _hold_frontier(self, group: Group, admitted: list, protected: Container[str]
+                       ) -> tuple[list, list[str]]:
+        """Which of `admitted` may come, and which improve tasks leave for them. Of equal parents
+        the older task stays."""
+        old = {name: self.tasks[name].parent for name in self._improve[group.task.competition_id]}
+        new = {entry: group.traces[entry] for entry in admitted
+               if isinstance(entry, int) and group.traces[entry].valid}
+        both = old | new
+        if not self.frontier or len(both) <= self.frontier:
+            return admitted, []
+        best = sorted(both, key=lambda name: -both[name].base_reward)[:self.frontier]  # stable
+        return ([entry for entry in admitted if entry not in new or entry in best],
+                [name for name in old if name not in best and name not in protected])
 
     def _opens_task(self, task: Task, trace: Trace) -> bool:
         if not self.enabled or not trace.code or task.depth >= self.max_depth:
@@ -444,9 +465,8 @@ class EvolvingBuffer:
         if not self.crossover or not traces:
             return []
         trace = max(traces, key=lambda t: t.base_reward)
-        partners = [task for task in self.tasks.values()
-                    if task.operator == "improve" and task.competition_id == trace.competition_id
-                    and task.parent.code_key != trace.code_key
+        partners = [task for task in map(self.tasks.get, self._improve[trace.competition_id])
+                    if task.parent.code_key != trace.code_key
                     and crossing_id(trace, task.parent) not in self.tasks]
         if not partners:
             return []
@@ -458,6 +478,8 @@ class EvolvingBuffer:
         self.sequence = record["sequence"]
         if "removed" in record:
             gone = self.tasks.pop(record["removed"])
+            if gone.operator == "improve":
+                self._improve[gone.competition_id].remove(gone.id)
             self._count(gone.competition_id, gone.operator, evicted=1)
             return Change(self.sequence, None, gone.id, np.zeros(0, np.float32), [], [gone.id])
         task = Task.from_json(record["task"])
@@ -467,11 +489,15 @@ class EvolvingBuffer:
                     for entry in record["admitted"]]
         for gone in (self.tasks[task_id] for task_id in record["evicted"]):
             self._count(gone.competition_id, gone.operator, evicted=1)
+            if gone.operator == "improve":
+                self._improve[gone.competition_id].remove(gone.id)
         if evicted := set(record["evicted"]):
             # A new dictionary: one that entries are popped from keeps their places, and grows.
             self.tasks = {name: task for name, task in self.tasks.items() if name not in evicted}
         for child in admitted:
             self.tasks[child.id] = child
+            if child.operator == "improve":
+                self._improve[child.competition_id].append(child.id)
             self._count(child.competition_id, child.operator, admitted=1)
         self._count(
             task.competition_id, task.operator, groups=1, traces=len(traces),
@@ -553,6 +579,10 @@ class EvolvingBuffer:
         self.close()
         self.sequence = state["sequence"]
         self.tasks = {data["id"]: Task.from_json(data) for data in state["tasks"]}
+        self._improve = {name: [] for name in self.competition_ids}
+        for task in self.tasks.values():
+            if task.operator == "improve":
+                self._improve[task.competition_id].append(task.id)
         self._totals = {(c, o): dict(totals) for c, o, totals in state["totals"]}
         self._replay_from = state["log_bytes"]
 

@@ -94,6 +94,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=options.dir, prefix="soak-") as folder:
         buffer = EvolvingBuffer(names, config.capacity, max_depth=config.max_depth,
                                 children_per_group=config.children,
+                                frontier=0,  # so that it fills
                                 log_path=Path(folder) / "groups.jsonl")
         sampler = AdaptiveSampler()
         for task in buffer.roots():

@@ -285,6 +285,36 @@ def test_a_large_buffer_makes_room_for_several_groups_at_once():
     assert evicted == ["iris/debug/0", "iris/debug/1"] and len(calls) == 127
 
 
+def test_of_a_competition_the_improve_tasks_with_the_best_parents_stay():
+    buffer = EvolvingBuffer(["iris", "wine"], frontier=2)
+    root, other = buffer.tasks["iris/draft"], buffer.tasks["wine/draft"]
+    buffer.add(Group(root, [trace(root, "a", 0.5), trace(root, "b", 0.3), trace(root, "x")]))
+    buffer.add(Group(other, [trace(other, "c", 0.1)]))
+    # 0.2 is below both; of the two with 0.5 the older one stays; 0.4 is above 0.3.
+    assert buffer.add(Group(root, [trace(root, "d", 0.2)])) == ([], [])
+    admitted, evicted = buffer.add(Group(root, [trace(root, "e", 0.4), trace(root, "f", 0.2)]))
+    assert [t.id for t in admitted] == ["iris/improve/e"] and evicted == ["iris/improve/b"]
+    admitted, evicted = buffer.add(Group(root, [trace(root, "g", 0.5)]))
+    assert [t.id for t in admitted] == ["iris/improve/g"] and evicted == ["iris/improve/e"]
+    assert buffer.add(Group(root, [trace(root, "h", 0.5)])) == ([], [])
+    assert "iris/debug/x" in buffer.tasks and "wine/improve/c" in buffer.tasks
+    # One in flight stays until a later group of its competition.
+    first = {"iris/improve/a"}
+    admitted, evicted = buffer.add(Group(root, [trace(root, "i", 0.7), trace(root, "j", 0.6)]),
+                                   protected=first)
+    assert [t.id for t in admitted] == ["iris/improve/i", "iris/improve/j"]
+    assert evicted == ["iris/improve/g"] and first <= set(buffer.tasks)
+    assert buffer.add(Group(root, [trace(root, "y")]))[1] == ["iris/improve/a"]
+
+
+def test_no_frontier_keeps_all():
+    buffer = EvolvingBuffer(["iris"], frontier=0)
+    root = buffer.tasks["iris/draft"]
+    for number in range(20):
+        buffer.add(Group(root, [trace(root, f"{number}", 0.5)]))
+    assert buffer.counts()["improve"] == 20
+
+
 def test_an_evicted_task_can_come_back(buffer):
     buffer, root = fill(2, "a")
     buffer.add(Group(root, [trace(root, "b")]))
@@ -465,11 +495,13 @@ steps = st.lists(st.tuples(st.integers(0, 999), st.lists(outcomes, min_size=1, m
 
 @settings(max_examples=60, deadline=None)
 @given(steps=steps, capacity=st.integers(2, 12), k=st.integers(1, 4), stop=st.integers(0, 25),
-       crossover=st.booleans())
-def test_properties_of_any_history(tmp_path_factory, steps, capacity, k, stop, crossover):
-    """Capacity and depth hold, roots and protected stay, replay and save/load give the snapshot."""
+       crossover=st.booleans(), frontier=st.integers(0, 3))
+def test_properties_of_any_history(tmp_path_factory, steps, capacity, k, stop, crossover,
+                                  frontier):
+    """Capacity, depth and frontier hold, roots and protected stay, replay and save/load give the snapshot."""
     path = tmp_path_factory.mktemp("log") / "groups.jsonl"
-    options = dict(capacity=capacity, children_per_group=k, max_depth=3, crossover=crossover)
+    options = dict(capacity=capacity, children_per_group=k, max_depth=3, crossover=crossover,
+                   frontier=frontier)
     buffer = EvolvingBuffer(["iris", "wine"], log_path=path, **options)
     saved = json.loads(json.dumps(buffer.state_dict()))
     for number, (pick, group, protect, salt) in enumerate(steps):
@@ -486,6 +518,9 @@ def test_properties_of_any_history(tmp_path_factory, steps, capacity, k, stop, c
         assert set(buffer.tasks) == (set(before) - set(evicted)) | {t.id for t in admitted}
         assert all(t.depth <= 3 and t.depth == len(buffer.ancestry(t.id)) - 1
                    for t in buffer.tasks.values())
+        improve = [t for t in buffer.tasks.values() if t.operator == "improve"
+                   and t.competition_id == task.competition_id and t.id not in protected]
+        assert not frontier or len(improve) <= frontier
         if number == stop:
             saved = json.loads(json.dumps(buffer.state_dict()))
     final = snapshot(buffer)
