@@ -19,7 +19,8 @@ How it is taught (everything here is [ours]):
 2. `Script`         a grammar: model, hyper-parameters, preprocessing, mistakes -> source
 3. `make_examples`  draft, improve and debug answers. Scripts that serve as parents are executed in
                     the real sandbox, so that debug prompts hold real tracebacks
-4. `make_tokenizer`, `teach`: byte-level BPE over whole lines, next-token prediction on answers
+4. `make_lessons`   first of all, copying: parts of scripts, whole scripts
+5. `make_tokenizer`, `teach`: byte-level BPE over whole lines, next-token prediction on answers
 """
 
 import argparse
@@ -150,36 +151,37 @@ FAMILIES = [
     (16, "tree", "DecisionTreeKind", ["max_depth=2", "max_depth=3", "max_depth=5", ""]),
     (16, "neighbors", "KNeighborsKind",
      ["1", "3", "5", "12", "30", "12, weights=\"distance\""]),
-    (6, "ensemble", "AdaBoostKind", ["n_estimators=20", "n_estimators=40"]),
+    (6, "ensemble", "AdaBoostKind", ["n_estimators=10", "n_estimators=25"]),
     (5, "ensemble", "RandomForestKind",
-     ["n_estimators=10", "n_estimators=50", "n_estimators=80", "n_estimators=80, max_depth=3",
-      "n_estimators=80, min_samples_leaf=5", "n_estimators=80, max_features=0.5"]),
+     ["n_estimators=10", "n_estimators=30", "n_estimators=30, max_depth=3",
+      "n_estimators=30, min_samples_leaf=5", "n_estimators=30, max_features=0.5"]),
     (4, "ensemble", "ExtraTreesKind",
-     ["n_estimators=10", "n_estimators=80", "n_estimators=80, max_depth=3",
-      "n_estimators=120, min_samples_leaf=3"]),
+     ["n_estimators=10", "n_estimators=30", "n_estimators=30, max_depth=3",
+      "n_estimators=30, min_samples_leaf=3", "n_estimators=30, max_features=None"]),
     (4, "ensemble", "GradientBoostingKind",
-     ["n_estimators=10", "n_estimators=80", "n_estimators=120, max_depth=2, learning_rate=0.06",
-      "n_estimators=80, max_depth=4, learning_rate=0.06, subsample=0.5"]),
+     ["n_estimators=10", "n_estimators=30, learning_rate=0.2",
+      "n_estimators=40, max_depth=2, learning_rate=0.2",
+      "n_estimators=30, max_depth=4, learning_rate=0.2, subsample=0.5"]),
     (3, "neural_network", "MLPKind",
-     ["hidden_layer_sizes=(16,), max_iter=150", "hidden_layer_sizes=(32,), max_iter=200"]),
+     ["hidden_layer_sizes=(16,), max_iter=100", "hidden_layer_sizes=(32,), max_iter=150"]),
     (4, "ensemble", "HistGradientBoostingKind",
-     ["max_iter=10", "max_iter=60",
-      "max_iter=80, learning_rate=0.06, max_leaf_nodes=8, l2_regularization=5"]),
+     ["max_iter=10", "max_iter=30", "max_iter=30, max_leaf_nodes=8, l2_regularization=5"]),
 ]
 CLASSIFIERS = FAMILIES + [
-    (14, "naive_bayes", "GaussianNB", [""]),
+    (14, "naive_bayes", "GaussianNB", ["", "var_smoothing=0.1"]),
     (8, "linear_model", "LogisticRegression",
-     ["C=0.001, max_iter=500", "C=0.05, max_iter=500", "C=1, max_iter=500", "C=100, max_iter=500"]),
+     ["C=0.001, max_iter=500", "C=0.01, max_iter=500", "C=0.1, max_iter=500", "C=1, max_iter=500",
+      "C=100, max_iter=500"]),
     (4, "discriminant_analysis", "LinearDiscriminantAnalysis", [""]),
     (4, "discriminant_analysis", "QuadraticDiscriminantAnalysis",
-     ["reg_param=0.05", "reg_param=0.5"]),
-    (5, "svm", "SVC", ["C=0.01", "C=1", "C=3, gamma=0.05", "C=10"]),
+     ["reg_param=0.05", "reg_param=0.2", "reg_param=0.5"]),
+    (5, "svm", "SVC", ["C=0.01", "C=0.3", "C=1", "C=3, gamma=0.05", "C=10", "C=30, gamma=0.01"]),
 ]
 REGRESSORS = FAMILIES + [
     (8, "linear_model", "Ridge", ["0.1", "3", "50", "1000"]),
     (5, "linear_model", "Lasso", ["0.01", "0.1", "3"]),
     (3, "linear_model", "HuberRegressor", ["max_iter=500"]),
-    (6, "svm", "SVR", ["C=0.1", "C=1", "C=10", "C=100", "C=1000, gamma=0.03"]),
+    (6, "svm", "SVR", ["C=0.1", "C=1", "C=10", "C=100", "C=100, gamma=0.03", "C=1000, gamma=0.03"]),
 ]
 # Preprocessing before the model.
 STEPS = [
@@ -187,6 +189,7 @@ STEPS = [
     (4, ("StandardScaler()",)),
     (2, ("MinMaxScaler()",)),
     (1, ("StandardScaler()", "PolynomialFeatures(2)", "StandardScaler()")),
+    (1, ("StandardScaler()", "SplineTransformer()")),
     (1, ("QuantileTransformer(n_quantiles=100, output_distribution=\"normal\")",)),
 ]
 # Realistic mistakes. Some crash, some make the submission invalid, some only cost score.
@@ -221,31 +224,50 @@ def pick(rng: random.Random, weighted: list[tuple]):
     return rng.choices(weighted, [w for w, *_ in weighted])[0]
 
 
+def draw_model(rng: random.Random, spec: bench.Spec, family: str | None = None) -> tuple[str, str]:
+    """(module, class with arguments), of one family if given."""
+    families = CLASSIFIERS if spec.labels else REGRESSORS
+    _, module, name, arguments = pick(rng, [f for f in families if family in (None, f[2])])
+    arguments = [rng.choice(arguments)]
+    if name == "SVC":
+        arguments.append("probability=True")
+    if name not in ("DummyKind", "KNeighborsKind", "GaussianNB", "SVR", "HuberRegressor",
+                    "LinearDiscriminantAnalysis", "QuadraticDiscriminantAnalysis"):
+        arguments.append("random_state=0")
+    return module, f"{name}({', '.join(filter(None, arguments))})"
+
+
 @dataclass(frozen=True)
 class Script:
     """One script of the grammar, before it is spelt out for a competition."""
 
     spelt: bool  # the target's name is spelt out, else taken from the tables
-    module: str
-    model: str  # class with arguments; Kind stands for Classifier or Regressor
+    models: tuple[tuple[str, str], ...]  # (module, class with arguments), averaged if several; in
+    # the class Kind stands for Classifier or Regressor
     steps: tuple[str, ...]
     fill: str
     mistakes: frozenset[str]
 
     @classmethod
     def draw(cls, rng: random.Random, spec: bench.Spec, rate: float) -> "Script":
-        """A random script; each mistake is made with probability `rate`."""
-        _, module, name, arguments = pick(rng, CLASSIFIERS if spec.labels else REGRESSORS)
-        arguments = rng.choice(arguments)
-        if name == "SVC" and bench.METRICS[spec.metric].form == "probability":
-            arguments += ", probability=True"
-        if name not in ("DummyKind", "KNeighborsKind", "GaussianNB", "SVR", "HuberRegressor",
-                        "LinearDiscriminantAnalysis", "QuadraticDiscriminantAnalysis"):
-            arguments += (", " if arguments else "") + "random_state=0"
+        """A random script of one model; each mistake is made with probability `rate`."""
         return cls(
-            spelt=rng.random() < 0.2, module=module, model=f"{name}({arguments})",
-            steps=pick(rng, STEPS)[1], fill=rng.choice(("X.median()", "X.mean()", "0")),
+            spelt=rng.random() < 0.2, models=(draw_model(rng, spec),), steps=pick(rng, STEPS)[1],
+            fill=rng.choice(("X.median()", "X.mean()", "0")),
             mistakes=frozenset(m for m in MISTAKES if rng.random() < rate))
+
+    def modelling(self, kind: str) -> list[str]:
+        """The lines between the table and the cross-validation; kind: Classifier or Regressor."""
+        lines = [] if "impute" in self.mistakes else [
+            f"X_test = X_test.fillna({self.fill})", f"X = X.fillna({self.fill})"]
+        for step in self.steps:
+            lines += [f"step = preprocessing.{step}.fit(X)",
+                      "X, X_test = step.transform(X), step.transform(X_test)"]
+        lines.append("models = {}")
+        for name, (module, model) in zip("abc", self.models):
+            lines.append(f'models["{name}"] = {module}.{model.replace("Kind", kind)}')
+        soft = ', voting="soft"' if kind == "Classifier" else ""
+        return [*lines, f"model = ensemble.Voting{kind}(list(models.items()){soft})"]
 
     def source(self, spec: bench.Spec, rng: random.Random) -> str:
         """The script for one competition."""
@@ -255,7 +277,6 @@ class Script:
         kind = "Classifier" if spec.labels else "Regressor"
         if wrong("kind"):
             kind = "Regressor" if spec.labels else "Classifier"
-        model = f"{self.module}.{self.model.replace('Kind', kind)}"
         probability = (metric.form == "probability") != (wrong("form") and bool(spec.labels))
         method = "predict_proba" if probability else "predict"
         # Of two classes the second one's probability.
@@ -263,7 +284,7 @@ class Script:
         function = {"accuracy": "accuracy_score", "f1": "f1_score", "roc_auc": "roc_auc_score",
                     "log_loss": "log_loss", "rmse": "root_mean_squared_error",
                     "mae": "mean_absolute_error"}[spec.metric]
-        imports = [line for line in IMPORTS if not (wrong("import") and self.module in line)]
+        imports = [line for line in IMPORTS if not (wrong("import") and self.models[0][0] in line)]
         train_file = rng.choice(("train.csv", "input/training.csv")) if wrong("file") \
             else "input/train.csv"
         lines = [
@@ -292,13 +313,8 @@ class Script:
         if not wrong("encode"):
             lines += ["X = pd.get_dummies(X)",
                       "X_test = pd.get_dummies(X_test).reindex(columns=X.columns, fill_value=0)"]
-        if not wrong("impute"):
-            lines += [f"X_test = X_test.fillna({self.fill})", f"X = X.fillna({self.fill})"]
+        lines += self.modelling(kind)
         lines += [
-            *(line for step in self.steps for line in (
-                f"step = preprocessing.{step}.fit(X)",
-                "X, X_test = step.transform(X), step.transform(X_test)")),
-            f"model = {model}",
             # All rows judge: a hold-out of 50 is too few to choose the best of twenty scripts by.
             "pred = model_selection.cross_val_predict("
             f'model, X, y, cv=4, method="{method}"){column}',
@@ -331,7 +347,7 @@ def make_examples(rng: random.Random, worlds: list, count: int, answers: int, ra
     for _ in range(count // 10):  # each serves several prompts
         spec, competition = rng.choice(worlds)
         mistakes = frozenset(rng.sample(MISTAKES, rng.choice((1, 1, 2))))
-        parent = replace(Script.draw(rng, spec, 0.0), mistakes=mistakes)
+        parent = draw_parent(rng, spec, mistakes)
         failures.append((spec, competition, parent, parent.source(spec, rng)))
     with ThreadPoolExecutor(2) as pool:
         runs = list(tqdm(pool.map(lambda f: sandbox.run(f[1], f[3]), failures),
@@ -342,7 +358,7 @@ def make_examples(rng: random.Random, worlds: list, count: int, answers: int, ra
         spec, competition = rng.choice(worlds)
         operator, parent, trace = ("draft", "improve", "draft", "debug")[index % 4], None, None
         if operator == "improve":
-            parent = Script.draw(rng, spec, 0.0)
+            parent = draw_parent(rng, spec)
             trace = Trace(f"t{index}", "", competition.id, "draft", code=parent.source(spec, rng),
                           valid=True, validation_score=rng.choice((1, 30)) * rng.random())
         elif operator == "debug":
@@ -361,17 +377,55 @@ def make_examples(rng: random.Random, worlds: list, count: int, answers: int, ra
 
 def answer_to(operator: str, parent: Script | None, spec: bench.Spec, rate: float,
               rng: random.Random) -> Script:
-    """A draft is any script; improve changes the parent's model or steps, as likely for the worse
-    as for the better; debug drops the parent's mistakes. Each may make mistakes of its own."""
+    """A draft is any script of one model. Improve changes one thing of its parent, as likely for
+    the worse as for the better: a model's arguments, a model, the steps, or how many models there
+    are. Debug drops the parent's mistakes. Each may make mistakes of its own."""
     answer = Script.draw(rng, spec, rate)
     if operator == "draft":
         return answer
     answer = replace(answer, spelt=parent.spelt, fill=parent.fill)
+    models, steps, at = parent.models, parent.steps, rng.randrange(len(parent.models))
     if operator == "debug":
-        return replace(answer, module=parent.module, model=parent.model, steps=parent.steps)
-    if rng.random() < 0.3:
-        return replace(answer, module=parent.module, model=parent.model)  # other steps only
-    return answer
+        return replace(answer, models=models, steps=steps)
+    change = rng.choice(("arguments", "model", "steps", "blend"))
+    while (models, steps) == (parent.models, parent.steps):
+        if change == "steps":
+            steps = pick(rng, STEPS)[1]
+        elif change == "blend" and len(models) < 3:
+            models = (*models, draw_model(rng, spec))
+        elif change == "blend":
+            models = models[:-1]
+        else:
+            family = models[at][1].partition("(")[0] if change == "arguments" else None
+            models = (*models[:at], draw_model(rng, spec, family), *models[at + 1:])
+            change = "model"  # some families have one set of arguments
+    return replace(answer, models=models, steps=steps)
+
+
+def draw_parent(rng: random.Random, spec: bench.Spec, mistakes: frozenset = frozenset()) -> Script:
+    """A script as an agent has it after some steps: up to three models."""
+    script = replace(Script.draw(rng, spec, 0.0), mistakes=mistakes)
+    more = (draw_model(rng, spec) for _ in range(rng.choice((0, 0, 1, 2))))
+    return replace(script, models=(*script.models, *more))
+
+
+def make_lessons(rng: random.Random, worlds: list, parts: int, scripts: int) -> list[str]:
+    """Texts to be copied, without a prompt: parts of scripts, then whole ones.
+
+    They teach to look things up in the parent. From whole prompts alone that was not learnt: a few
+    lines among four hundred tokens are too little to begin with. The policy then wrote a new draft
+    whatever it was asked, so that a buffer of parents could be worth nothing.
+    """
+    lessons = []
+    for index in range(parts + scripts):
+        spec, _ = rng.choice(worlds)
+        parent = draw_parent(rng, spec)
+        if index < parts:
+            kind = "Classifier" if spec.labels else "Regressor"
+            lessons.append("\n".join(parent.modelling(kind)) + "\n")
+        else:
+            lessons.append(f"```python\n{parent.source(spec, rng)}```")
+    return lessons
 
 
 # ---------------------------------------------------------------------------------------------
@@ -440,9 +494,10 @@ def muon_step(weights: list, momenta: list, rate: float) -> None:
 
 
 def teach(directory: Path, families: list[list[Sequence]], tokens_per_batch: int,
-          learning_rate: float, seed: int) -> float:
-    """One pass of next-token prediction on the answers, with the learner's own packed model: a
-    family is the answers to one prompt, and the prompt is computed once for all of them.
+          learning_rate: float) -> float:
+    """One pass of next-token prediction on the answers, in the order of the families, with the
+    learner's own packed model: a family is the answers to one prompt, and the prompt is computed
+    once for all of them.
 
     Reads and writes the model in `directory`; returns the mean loss of the last tenth, nat/token.
     """
@@ -452,10 +507,8 @@ def teach(directory: Path, families: list[list[Sequence]], tokens_per_batch: int
 
     device = torch.device("cpu")
     policy = load_policy(directory, LearnerConfig(max_response_tokens=1), device, None)
-    order = list(range(len(families)))
-    random.Random(seed).shuffle(order)
     batches, batch, size = [], [], 0
-    for family in (families[i] for i in order):
+    for family in families:
         batch += family
         size += len(family[0].tokens) + sum(len(s.tokens) - s.prompt_length for s in family[1:])
         if size >= tokens_per_batch:
@@ -498,7 +551,10 @@ def main(argv=None) -> int:
     parser.add_argument("--out", required=True,
                         help="directory of the model; one that is there is replaced")
     parser.add_argument("--prompts", type=int, default=2200, help="prompts")
-    parser.add_argument("--answers", type=int, default=7, help="answers to each prompt")
+    parser.add_argument("--answers", type=int, default=5, help="answers to each prompt")
+    parser.add_argument("--lessons", type=int, default=1500,
+                        help="scripts to copy before the prompts; as many again come among the "
+                             "prompts, and before all else seven times as many parts of scripts")
     parser.add_argument("--worlds", type=int, default=600, help="random competitions")
     parser.add_argument("--mistakes", type=float, default=0.05,
                         help="rate of each of the mistakes in an answer")
@@ -522,26 +578,30 @@ def main(argv=None) -> int:
     with tempfile.TemporaryDirectory() as folder, Sandbox(slots=2, unsafe=args.unsafe) as sandbox:
         worlds = make_worlds(rng, args.worlds, Path(folder))
         examples = make_examples(rng, worlds, args.prompts, args.answers, args.mistakes, sandbox)
+        lessons = make_lessons(rng, worlds, 7 * args.lessons, 2 * args.lessons)
     texts = [m["content"] for messages, _ in examples[:1500] for m in messages]
     texts += [answer for _, answers in examples[:1500] for answer in answers]
     tokenizer = make_tokenizer(texts, args.vocabulary)
-    families = []
-    for messages, answers in tqdm(examples, desc="tokenizing", unit=""):
-        prompt = encode_chat(tokenizer, messages)
-        families.append([])
-        for answer in answers:
-            ids = tokenizer.encode(answer) + [tokenizer.eos_token_id]
-            families[-1].append(Sequence(np.array(prompt + ids, np.int32), len(prompt),
-                                         np.zeros(len(ids), np.float32), 0.0))
+
+    def family(prompt: list[int], answers: list[str]) -> list[Sequence]:
+        encoded = [tokenizer.encode(answer) + [tokenizer.eos_token_id] for answer in answers]
+        return [Sequence(np.array(prompt + ids, np.int32), len(prompt),
+                         np.zeros(len(ids), np.float32), 0.0) for ids in encoded]
+
+    prompts = [family(encode_chat(tokenizer, messages), answers)
+               for messages, answers in tqdm(examples, desc="tokenizing", unit="")]
+    lessons = [family(tokenizer.encode(text + "\n"), [text]) for text in lessons]
+    first, later = lessons[:8 * args.lessons], lessons[8 * args.lessons:] + prompts
+    rng.shuffle(later)
     shutil.rmtree(new, ignore_errors=True)  # of a run that was killed
     model = make_model(tokenizer, args.hidden, args.layers, args.seed)
     model.save_pretrained(new)
     tokenizer.save_pretrained(new)
-    lengths = [len(s.tokens) - s.prompt_length for family in families for s in family]
-    print(f"{model.num_parameters() / 1e6:.2f}M parameters; {len(families)} prompts of "
-          f"{np.mean([f[0].prompt_length for f in families]):.0f} tokens, {len(lengths)} answers "
+    lengths = [len(s.tokens) - s.prompt_length for family in prompts for s in family]
+    print(f"{model.num_parameters() / 1e6:.2f}M parameters; {len(prompts)} prompts of "
+          f"{np.mean([f[0].prompt_length for f in prompts]):.0f} tokens, {len(lengths)} answers "
           f"of {np.mean(lengths):.0f} tokens", flush=True)
-    loss = teach(new, families, args.batch_tokens, args.learning_rate, args.seed)
+    loss = teach(new, first + later, args.batch_tokens, args.learning_rate)
     if out.exists():
         shutil.rmtree(out)
     new.rename(out)

@@ -48,7 +48,7 @@ def world(tmp_path_factory):
                 messages = task_messages(competition, Task.root(spec.id), tiny.BUDGET)
                 answers = []
                 for index in range(8):
-                    script = tiny.Script(False, "tree", "DecisionTreeKind(max_depth=3)", (), "0",
+                    script = tiny.Script(False, (("tree", "DecisionTreeKind(max_depth=3)"),), (), "0",
                                          frozenset([(), ("variable",), ("save",)][index % 3]))
                     answers.append(f"```python\n{script.source(spec, rng)}```")
                 families.append((messages, answers))
@@ -58,12 +58,12 @@ def world(tmp_path_factory):
     model.save_pretrained(folder / "policy")
     tokenizer.save_pretrained(folder / "policy")
     sequences = []
-    for messages, answers in families * 60:
+    for messages, answers in random.Random(0).sample(families * 60, 60 * len(families)):
         prompt = encode_chat(tokenizer, messages)
         ids = [tokenizer.encode(a) + [tokenizer.eos_token_id] for a in answers]
         sequences.append([Sequence(np.array(prompt + i, np.int32), len(prompt),
                                    np.zeros(len(i), np.float32), 0.0) for i in ids])
-    loss = tiny.teach(folder / "policy", sequences, 1500, 3e-3, 0)
+    loss = tiny.teach(folder / "policy", sequences, 1500, 3e-3)
     assert loss < 0.2, "the policy of the tests has not learnt its scripts"
     return folder
 

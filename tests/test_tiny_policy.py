@@ -47,7 +47,7 @@ def test_scripts_without_mistakes_are_valid(worlds, sandbox, spelt):
     """Each model family once a metric would take long; each world meets some of them."""
     rng = random.Random(int(spelt))
     for spec, competition in worlds[:14]:
-        script = replace(tiny.Script.draw(rng, spec, 0.0), spelt=spelt)
+        script = replace(tiny.draw_parent(rng, spec), spelt=spelt)
         run = sandbox.run(competition, script.source(spec, rng))
         assert run.valid, f"{spec.metric} {script}\n{run.stderr_tail}{run.reason}"
         assert run.validation_score is not None
@@ -72,11 +72,41 @@ def test_every_model_of_the_grammar_exists():
 def test_a_mistake_has_its_consequence(worlds, sandbox, mistake, outcome):
     rng = random.Random(0)
     spec, competition = next(w for w in worlds if w[0].metric == "rmse")
-    script = tiny.Script(False, "tree", "DecisionTreeKind(max_depth=3)", (), "0",
+    script = tiny.Script(False, (("tree", "DecisionTreeKind(max_depth=3)"),), (), "0",
                          frozenset([mistake]))
     run = sandbox.run(competition, script.source(spec, rng))
     assert not run.valid
     assert outcome in run.stderr_tail + run.reason
+
+
+def test_an_improvement_changes_one_thing_and_a_repair_drops_the_mistakes(worlds):
+    rng, changes = random.Random(4), set()
+    for _ in range(300):
+        spec, _ = rng.choice(worlds)
+        parent = tiny.draw_parent(rng, spec, frozenset(["save"]))
+        assert tiny.answer_to("debug", parent, spec, 0.0, rng) == replace(
+            parent, mistakes=frozenset())
+        better = tiny.answer_to("improve", parent, spec, 0.0, rng)
+        old, new = parent.models, better.models
+        same = sum(a == b for a, b in zip(old, new))
+        changed = ((old != new) + (parent.steps != better.steps), len(new) - len(old),
+                   max(len(old), len(new)) - same)
+        assert changed in {(1, 0, 0), (1, 0, 1), (1, 1, 1), (1, -1, 1)}, (parent, better)
+        changes.add(changed)
+        assert (better.spelt, better.fill) == (parent.spelt, parent.fill) and not better.mistakes
+        assert 1 <= len(new) <= 3
+    assert len(changes) == 4  # steps, a model, one more, one less
+
+
+def test_lessons_are_parts_of_scripts_then_whole_ones(worlds):
+    lessons = tiny.make_lessons(random.Random(5), worlds, 30, 20)
+    assert len(lessons) == 50
+    for lesson in lessons[:30]:
+        assert lesson.startswith("X_test = X_test.fillna(") and "model = ensemble.Voting" in lesson
+        ast.parse(lesson)
+    for lesson in lessons[30:]:
+        code, reason = extract_code(lesson)
+        assert "sub.to_csv" in code and not reason
 
 
 def test_answers_are_found_by_the_rollout_and_parse(worlds):
@@ -107,7 +137,7 @@ def test_teaching_lowers_the_loss(tmp_path):
     tokenizer = tiny.make_tokenizer(["a b c"], 300)
     tiny.make_model(tokenizer, 64, 1, 0).save_pretrained(tmp_path)
     family = [Sequence(np.arange(10, dtype=np.int32), 2, np.zeros(8, np.float32), 0.0)]
-    assert tiny.teach(tmp_path, [family] * 60, 1, 3e-3, 0) < 0.5  # it starts at log(300) = 5.7
+    assert tiny.teach(tmp_path, [family] * 60, 1, 3e-3) < 0.5  # it starts at log(300) = 5.7
 
 
 def test_out_is_replaced_last_and_only_by_a_model_that_was_taught(tmp_path, monkeypatch, capsys):
@@ -116,7 +146,7 @@ def test_out_is_replaced_last_and_only_by_a_model_that_was_taught(tmp_path, monk
 
     def make():
         return tiny.main(["--out", str(out), "--hidden=64", "--layers=1", "--vocabulary=300",
-                          "--batch-tokens=1"])
+                          "--batch-tokens=1", "--lessons=0"])
 
     examples = [([{"role": "user", "content": "a"}], ["b c", "d"])] * 3
     for name, fake in {"make_worlds": lambda *_: [], "make_examples": lambda *_: examples,
