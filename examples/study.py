@@ -71,6 +71,7 @@ ARMS = {
     "no-buffer": Arm("no buffer: drafts only", ("--no-buffer",)),
     "uniform": Arm("uniform sampling", ("--sampler", "uniform")),
     "neither": Arm("neither", ("--no-buffer", "--sampler", "uniform")),
+    "all-parents": Arm("improve tasks of all parents", ("--frontier", "0")),
     "sync": Arm("synchronous", ("--max-staleness", "0")),
     "crossover": Arm("with crossover, in training and agent", ("--crossover",),
                      ("--crossover-probability", "0.33")),
@@ -151,6 +152,7 @@ def evaluate(arm: str, model: Path, splits: list[str], folder: Path, args: argpa
           "--competitions", competition_folder(args, splits), "--allow-overlap",
           "--steps", args.agent_steps, "--seeds", args.eval_seeds, "--cpu-seconds",
           Config.cpu_seconds, "--parallel", args.parallel, "--max-num-seqs", args.parallel,
+          "--retries", args.retries, "--max-response-tokens", Config.max_response_tokens,
           *(ARMS[arm].agent if arm in ARMS else ())], folder.with_suffix(".log"))
     rows = json.loads(out.read_text())["runs"]
     return {split: [r for r in rows if r["competition_id"] in args.ids[split]]
@@ -358,7 +360,8 @@ def markdown(rows: list[dict], results: list[dict], args: argparse.Namespace) ->
     lines += ["", f"Training seeds {', '.join(map(str, seeds))} (first scripts: "
               f"{first_seeds(rows) or 'none'}); {args.steps} steps of "
               f"{rollouts_of(results) / args.steps:.0f} rollouts in every arm; {counts}; "
-              f"{args.eval_seeds} evaluation seeds, {args.agent_steps} agent steps{flags}; "
+              f"{args.eval_seeds} evaluation seeds, {args.agent_steps} agent steps, "
+              f"{args.retries} retries{flags}; "
               f"{again} of the runs were interrupted and resumed."]
     return "\n".join(lines) + "\n"
 
@@ -463,6 +466,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--steps", type=int, default=Config.steps, help="learner steps of each run")
     add("--eval-seeds", type=int, default=20, help="agent runs on each competition")
     add("--agent-steps", type=int, default=20, help="scripts that an agent may try")
+    add("--retries", type=int, default=8,
+        help="answers that an agent asks for again, a step, while they repeat a script it tried")
     add("--parallel", type=int, default=160, help="agents at a time")
     add("--model", type=Path, default=Config.model, help="the policy to start from")
     add("--competitions", default=Config.competitions, help="training competitions")
@@ -474,9 +479,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     cut = words.index("--") if "--" in words else len(words)
     args = parser.parse_args(words[:cut])
     args.train_flags = words[cut + 1:]
-    for name in ("seeds", "steps", "eval_seeds", "agent_steps", "parallel"):
-        if getattr(args, name) < 1:
-            raise StudyError(f"--{name.replace('_', '-')} must be at least 1")
+    for name, least in {"seeds": 1, "steps": 1, "eval_seeds": 1, "agent_steps": 1, "retries": 0,
+                        "parallel": 1}.items():
+        if getattr(args, name) < least:
+            raise StudyError(f"--{name.replace('_', '-')} must be at least {least}")
     return args
 
 
@@ -498,8 +504,8 @@ def find_competitions(args: argparse.Namespace) -> dict[str, dict[str, Path]]:
 def check_settings(args: argparse.Namespace) -> None:
     """Runs with other settings must not be mixed. Arms and seeds may be added; so may --final."""
     path = args.out / "study.json"
-    settings = {name: getattr(args, name) for name in ("steps", "eval_seeds", "agent_steps", "dev",
-                                                       "train_flags")}
+    settings = {name: getattr(args, name) for name in ("steps", "eval_seeds", "agent_steps",
+                                                       "retries", "dev", "train_flags")}
     settings |= {"model": str(args.model), "competitions": str(args.competitions),
                  "model's weights": weights_digest(args.model)}
     settings |= {f"default {name}": value for name, value in asdict(Config()).items()}
