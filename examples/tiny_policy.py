@@ -1,6 +1,6 @@
 """Teach a tiny language model, from scratch, to write scikit-learn scripts that sometimes work.
 
-    python examples/tiny_policy.py --out data/policy        # 6 minutes on two slow cores
+    python examples/tiny_policy.py --out data/policy        # 6 minutes on two quick cores
 
 What it is: a Qwen3 of about 2 million parameters with its own tokenizer and chat template, a
 drop-in for any Hugging Face causal model, so that the whole of AceGRPO (vLLM, sandbox, FSDP,
@@ -9,7 +9,7 @@ script, for prompts exactly as rollout.py builds them, for all three operators.
 
 What it is not: a language model. It cannot read a description beyond the metric, the task kind
 and a few words; it knows some twenty estimators and a dozen ways to go wrong. It was taught
-mistakes on purpose: of its first drafts 44 % were valid and 2 % won a medal (see README). That is
+mistakes on purpose: of its first drafts 52 % were valid and 1 % won a medal (see README). That is
 the room that reinforcement learning has. It says nothing about what AceGRPO does for a real model.
 
 How it is taught (everything here is [ours]):
@@ -377,9 +377,10 @@ def make_examples(rng: random.Random, worlds: list, count: int, answers: int, ra
 
 def answer_to(operator: str, parent: Script | None, spec: bench.Spec, rate: float,
               rng: random.Random) -> Script:
-    """A draft is any script of one model. Improve changes one thing of its parent, as likely for
-    the worse as for the better: a model's arguments, a model, the steps, or how many models there
-    are. Debug drops the parent's mistakes. Each may make mistakes of its own."""
+    """What AIDE asks a language model for: a draft is simple, any script of one model; improve
+    changes one thing of its parent, as likely for the worse as for the better: a model's arguments,
+    a model, the steps, or how many models there are. Debug drops the parent's mistakes. Each may
+    make mistakes of its own."""
     answer = Script.draw(rng, spec, rate)
     if operator == "draft":
         return answer

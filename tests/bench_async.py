@@ -1,7 +1,8 @@
 """Wall-clock of asynchronous (eta = 2) against synchronous training when scripts are slow.
 
-    python examples/tiny_policy.py --hidden 512 --layers 8 --prompts 500 --out data/policy-27m
-    python tests/bench_async.py              # the line above once; flags of train.py follow a --
+    python examples/tiny_policy.py --hidden 512 --layers 8 --prompts 500 --lessons 0 \\
+        --out data/policy-27m
+    python tests/bench_async.py              # the lines above once; flags of train.py follow a --
 
 Two runs of train.py with the same seed and the same number of learner steps. Scripts are made slow
 without using the machine: each sleeps in its slot first (--sandbox-delay, exponential). The policy
