@@ -18,7 +18,8 @@ What is the paper's and what is ours:
             never roots and never protected tasks (those in flight). The scores are the caller's:
             Learnability Potential in training. What cannot be made room for is not admitted.
             Of a competition at most `frontier` improve tasks stay, those with the best parents: an
-            agent improves its best script, and on a poor one a policy learns to start all over.
+            agent improves its best script, and on a poor one the best answer is to start all over.
+            A task of the largest depth opens no other one, however good its scripts are.
  6. [ours]  State = append-only log + snapshot. A decision (admitted, evicted) is made once, written
             to the log, and only then applied, so replaying the log gives the same state without
             asking for scores again.
@@ -404,8 +405,9 @@ class EvolvingBuffer:
                              f"this buffer has {self.competition_ids}")
         candidates: dict[str, Trace] = {}  # by the id of the task that the trace would open
         merged = 0
+        bar = self._frontier_bar(group.task.competition_id)
         for trace in group.traces:
-            if self._opens_task(group.task, trace):
+            if self._opens_task(group.task, trace) and (not trace.valid or trace.base_reward > bar):
                 name = child_id(trace)
                 merged += name in self.tasks or name in candidates
                 if name not in self.tasks:
@@ -437,15 +439,23 @@ class EvolvingBuffer:
             "evicted": evicted,
         }
 
+    def _frontier_bar(self, competition_id: str) -> float:
+        """What the base reward of an improve task's parent must exceed."""
+        rewards = sorted((self.tasks[name].parent.base_reward
+                          for name in self._improve[competition_id]), reverse=True)
+        return rewards[self.frontier - 1] if 0 < self.frontier <= len(rewards) else -math.inf
+
     def _hold_frontier(self, group: Group, admitted: list, protected: Container[str]
                        ) -> tuple[list, list[str]]:
         """Which of `admitted` may come, and which improve tasks leave for them. Of equal parents
         the older task stays."""
+        if not self.frontier:
+            return admitted, []
         old = {name: self.tasks[name].parent for name in self._improve[group.task.competition_id]}
         new = {entry: group.traces[entry] for entry in admitted
                if isinstance(entry, int) and group.traces[entry].valid}
         both = old | new
-        if not self.frontier or len(both) <= self.frontier:
+        if len(both) <= self.frontier:
             return admitted, []
         best = sorted(both, key=lambda name: -both[name].base_reward)[:self.frontier]  # stable
         return ([entry for entry in admitted if entry not in new or entry in best],

@@ -159,7 +159,8 @@ class Config:
     capacity: int = opt(4096, "tasks that the buffer holds")
     max_depth: int = opt(4, "longest chain of improve and debug steps")
     children: int = opt(3, "new tasks admitted per group")
-    frontier: int = opt(8, "improve tasks held of a competition, those with the best parents; 0: all")
+    frontier: int = opt(8, "improve tasks held of a competition, those with the best parents; "
+                           "0: no limit")
     tau: float = opt(1.0, "temperature of the task distribution; smaller is greedier")
     epsilon: float = opt(0.2, "share of the task distribution that is uniform over competitions")
     # --- the learner
@@ -177,7 +178,7 @@ class Config:
     # --- the engine
     engine_dtype: str = opt("float32", "dtype of the vLLM engine", choices=["float32", "bfloat16"])
     max_model_len: int = opt(1024, "prompt + response, tokens")
-    max_response_tokens: int = opt(72, "longest response, tokens; scripts that work have up to 60 "
+    max_response_tokens: int = opt(72, "longest response, tokens; scripts that work have up to 62 "
                                        "here, and garbage that runs on would outweigh them")
     max_num_seqs: int = opt(96, "sequences decoded together")
     kv_cache_gib: float = opt(0.5, "key-value cache, GiB; 0: vLLM's fraction of the GPU memory")
@@ -276,7 +277,8 @@ def parse_config(argv: list[str] | None = None) -> tuple[Config, argparse.Namesp
 def load_config(run_dir: Path) -> dict:
     """The config.json of a run that is resumed."""
     try:
-        config = Config(**json.loads((run_dir / "config.json").read_text()))
+        saved = json.loads((run_dir / "config.json").read_text())
+        config = Config(**{"frontier": 0, **saved})  # older runs had no limit
         for f in dataclasses.fields(Config):
             value, choices = getattr(config, f.name), f.metadata.get("choices")
             # JSON may have a whole number where a float is meant.
@@ -317,8 +319,8 @@ BOUNDS = (
      "cpu_seconds"),
     (lambda x: x >= 0, "at least 0",
      "seed eval_drafts max_staleness watchdog clip_low clip_high tis_cap kl_coef entropy_coef "
-     "gap_penalty max_depth frontier epsilon warmup_steps kv_cache_gib description_chars preview_chars "
-     "output_chars sandbox_delay reuse_mb"),
+     "gap_penalty max_depth frontier epsilon warmup_steps kv_cache_gib description_chars "
+     "preview_chars output_chars sandbox_delay reuse_mb"),
 )
 MOST = {int: 2**32, float: 2e6}
 
@@ -1140,7 +1142,8 @@ class Run:
         self.splits = {"train": fitting(config, train, tokenizer, "training"),
                        "heldout": fitting(config, heldout, tokenizer, "held-out")}
         buffer = EvolvingBuffer(self.splits["train"], capacity=config.capacity,
-                                max_depth=config.max_depth, children_per_group=config.children, frontier=config.frontier,
+                                max_depth=config.max_depth, children_per_group=config.children,
+                                frontier=config.frontier,
                                 enabled=config.buffer, crossover=config.crossover,
                                 log_path=self.dir / "groups.jsonl")
         sampler = AdaptiveSampler(config.sampler, tau=config.tau, epsilon=config.epsilon,

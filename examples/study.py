@@ -152,7 +152,7 @@ def evaluate(arm: str, model: Path, splits: list[str], folder: Path, args: argpa
           "--competitions", competition_folder(args, splits), "--allow-overlap",
           "--steps", args.agent_steps, "--seeds", args.eval_seeds, "--cpu-seconds",
           Config.cpu_seconds, "--parallel", args.parallel, "--max-num-seqs", args.parallel,
-          "--retries", args.retries, "--max-response-tokens", Config.max_response_tokens,
+          "--retries", args.retries,
           *(ARMS[arm].agent if arm in ARMS else ())], folder.with_suffix(".log"))
     rows = json.loads(out.read_text())["runs"]
     return {split: [r for r in rows if r["competition_id"] in args.ids[split]]

@@ -17,8 +17,8 @@ How it is taught (everything here is [ours]):
 1. `make_worlds`    random competitions; their names mean nothing but are spelt like English, and
                     nothing is shared with the mini benchmark
 2. `Script`         a grammar: model, hyper-parameters, preprocessing, mistakes -> source
-3. `make_examples`  draft, improve and debug answers. Scripts that serve as parents are executed in
-                    the real sandbox, so that debug prompts hold real tracebacks
+3. `make_examples`  draft, improve and debug answers. Failing parents are executed in the real
+                    sandbox, so that debug prompts hold real tracebacks
 4. `make_lessons`   first of all, copying: parts of scripts, whole scripts
 5. `make_tokenizer`, `teach`: byte-level BPE over whole lines, next-token prediction on answers
 """
@@ -183,6 +183,7 @@ REGRESSORS = FAMILIES + [
     (3, "linear_model", "HuberRegressor", ["max_iter=500"]),
     (6, "svm", "SVR", ["C=0.1", "C=1", "C=10", "C=100", "C=100, gamma=0.03", "C=1000, gamma=0.03"]),
 ]
+ONE_WAY = {name for *_, name, arguments in CLASSIFIERS + REGRESSORS if len(arguments) == 1}
 # Preprocessing before the model.
 STEPS = [
     (6, ()),
@@ -333,7 +334,7 @@ class Script:
 
 
 # ---------------------------------------------------------------------------------------------
-# 3. Examples: prompts as in training, answers from the grammar
+# 3. and 4. Examples: prompts as in training, answers from the grammar. Lessons
 
 
 def make_examples(rng: random.Random, worlds: list, count: int, answers: int, rate: float,
@@ -397,9 +398,10 @@ def answer_to(operator: str, parent: Script | None, spec: bench.Spec, rate: floa
         elif change == "blend":
             models = models[:-1]
         else:
-            family = models[at][1].partition("(")[0] if change == "arguments" else None
+            family = models[at][1].partition("(")[0]
+            if change == "model" or family in ONE_WAY:
+                family = None
             models = (*models[:at], draw_model(rng, spec, family), *models[at + 1:])
-            change = "model"  # some families have one set of arguments
     return replace(answer, models=models, steps=steps)
 
 
@@ -430,7 +432,7 @@ def make_lessons(rng: random.Random, worlds: list, parts: int, scripts: int) -> 
 
 
 # ---------------------------------------------------------------------------------------------
-# 4. Tokenizer and model
+# 5. Tokenizer and model
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"

@@ -307,6 +307,16 @@ def test_of_a_competition_the_improve_tasks_with_the_best_parents_stay():
     assert buffer.add(Group(root, [trace(root, "y")]))[1] == ["iris/improve/a"]
 
 
+def test_a_script_below_the_frontier_takes_no_place_of_a_failure():
+    buffer = EvolvingBuffer(["iris"], frontier=1, children_per_group=2)
+    root = buffer.tasks["iris/draft"]
+    buffer.add(Group(root, [trace(root, "a", 0.5)]))
+    admitted, _ = buffer.add(Group(root, [trace(root, "b", 0.4), trace(root, "c", 0.3),
+                                          trace(root, "d", output="KeyError: 'x'"),
+                                          trace(root, "e", output="NameError: y")]))
+    assert [t.id for t in admitted] == ["iris/debug/d", "iris/debug/e"]
+
+
 def test_no_frontier_keeps_all():
     buffer = EvolvingBuffer(["iris"], frontier=0)
     root = buffer.tasks["iris/draft"]
@@ -498,7 +508,8 @@ steps = st.lists(st.tuples(st.integers(0, 999), st.lists(outcomes, min_size=1, m
        crossover=st.booleans(), frontier=st.integers(0, 3))
 def test_properties_of_any_history(tmp_path_factory, steps, capacity, k, stop, crossover,
                                   frontier):
-    """Capacity, depth and frontier hold, roots and protected stay, replay and save/load give the snapshot."""
+    """Capacity, depth and frontier hold, roots and protected stay, replay and save/load give the
+    snapshot."""
     path = tmp_path_factory.mktemp("log") / "groups.jsonl"
     options = dict(capacity=capacity, children_per_group=k, max_depth=3, crossover=crossover,
                    frontier=frontier)

@@ -48,8 +48,9 @@ def world(tmp_path_factory):
                 messages = task_messages(competition, Task.root(spec.id), tiny.BUDGET)
                 answers = []
                 for index in range(8):
-                    script = tiny.Script(False, (("tree", "DecisionTreeKind(max_depth=3)"),), (), "0",
-                                         frozenset([(), ("variable",), ("save",)][index % 3]))
+                    tree = (("tree", "DecisionTreeKind(max_depth=3)"),)
+                    mistakes = frozenset([(), ("variable",), ("save",)][index % 3])
+                    script = tiny.Script(False, tree, (), "0", mistakes)
                     answers.append(f"```python\n{script.source(spec, rng)}```")
                 families.append((messages, answers))
                 texts += [messages[0]["content"], *answers]
