@@ -517,8 +517,8 @@ def teach(directory: Path, families: list[list[Sequence]], tokens_per_batch: int
         if size >= tokens_per_batch:
             batches.append(batch)
             batch, size = [], 0
-    # Muon for the matrices inside the layers, AdamW for the rest: in the same 40 seconds AdamW
-    # alone ended at 51 nats an answer, the two together at 35.
+    # Muon for the matrices inside the layers, AdamW for the rest: in the same 40 seconds, on an
+    # earlier corpus, AdamW alone ended at 51 nats an answer, the two together at 35.
     inside = [p for n, p in policy.named_parameters() if p.ndim == 2 and ".layers." in n]
     others = [p for n, p in policy.named_parameters() if p.ndim != 2 or ".layers." not in n]
     adam = torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.95), fused=True)

@@ -634,3 +634,11 @@ def test_a_dry_run_refuses_an_engine_without_room_for_one_sequence():
         engine_plan(model, config, 8_190_735_360, 20 << 30)
     with pytest.raises(ValueError, match="smaller max_model_len or kv_cache_gib"):
         engine_plan(model, dataclasses.replace(config, kv_cache_gib=90.0), 8_190_735_360, 79 << 30)
+
+
+def test_a_run_from_before_the_frontier_goes_on_without_it(tmp_path):
+    saved = dataclasses.asdict(Config())
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    assert train.load_config(tmp_path)["frontier"] == saved.pop("frontier") == 8
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    assert train.load_config(tmp_path)["frontier"] == 0
