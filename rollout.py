@@ -1432,9 +1432,10 @@ def prepare(args: argparse.Namespace) -> tuple[list[Competition], Path]:
         ValueError, OSError: one line that names the flag or the file.
     """
     model, out = Path(args.model), Path(args.out)
-    if not (model / "config.json").is_file():
-        raise ValueError(f"--model {model}: no config.json there; give a Hugging Face model "
-                         "directory")
+    for names in ("config.json",), ("tokenizer.json", "tokenizer_config.json"):
+        if not any((model / name).is_file() for name in names):  # a run directory has the first
+            raise ValueError(f"--model {model}: no {names[0]} there; give a Hugging Face model "
+                             "directory, such as the policy/ of a run")
     competitions = load_competitions(args.competitions, args.data_dir)
     if not args.allow_overlap:
         check_overlap(model, competitions)

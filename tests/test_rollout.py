@@ -762,7 +762,7 @@ def test_mistakes_in_the_file_name_the_file(text, message, tmp_path, capsys):
 def test_broken_records_are_one_line_and_status_2(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(rollout, "load_competitions", lambda *_: [])
     (tmp_path / "policy").mkdir()
-    (tmp_path / "policy/config.json").touch()
+    (tmp_path / "policy/config.json").touch()  # as in a run directory, given for its policy/
 
     def said(out="report.json"):
         arguments = ["--model", str(tmp_path / "policy"), "--competitions", "lite", "--out",
@@ -772,6 +772,8 @@ def test_broken_records_are_one_line_and_status_2(tmp_path, monkeypatch, capsys)
         assert error.count("\n") == 1
         return error
 
+    assert "policy: no tokenizer.json there" in said()
+    (tmp_path / "policy/tokenizer.json").touch()
     (tmp_path / "file").touch()
     assert "--out" in said("file/report.json")
     assert "--out" in said("x" * 300)
@@ -813,6 +815,7 @@ def test_no_error_leaves_main(where, error, status, message, tmp_path, monkeypat
         monkeypatch.setattr(rollout, name, fake)
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda _: None)
     (tmp_path / "config.json").touch()
+    (tmp_path / "tokenizer.json").touch()
     arguments = ["--model", str(tmp_path), "--competitions", "lite", "--out",
                  str(tmp_path / "report.json")]
     assert rollout.main(arguments) == status
@@ -844,6 +847,7 @@ def test_each_slot_has_a_gpu_of_its_own_and_no_isolation_is_status_3(tmp_path, m
     monkeypatch.setattr(rollout, "Sandbox", Stopped)
     monkeypatch.setattr(rollout, "load_competitions", lambda *_: [])
     (tmp_path / "config.json").touch()
+    (tmp_path / "tokenizer.json").touch()
     arguments = ["--model", str(tmp_path), "--competitions", "lite", "--slots", "3",
                  "--sandbox-gpus", "4,5", "--out", str(tmp_path / "report.json")]
     assert rollout.main(arguments) == 3
