@@ -17,9 +17,9 @@ What is the paper's and what is ours:
  5. [ours]  Depth <= D, and capacity C: the lowest scores leave first (oldest first among equals),
             never roots and never protected tasks (those in flight). The scores are the caller's:
             Learnability Potential in training. What cannot be made room for is not admitted.
-            Of a competition at most `frontier` improve tasks stay, those with the best parents: an
-            agent improves its best script, and on a poor one the best answer is to start all over.
-            A task of the largest depth opens no other one, however good its scripts are.
+            Of a competition only the `frontier` newest improve tasks stay, newest by admission: an
+            agent improves what the policy writes today. On a poor script of the past the best answer is to start all
+            over; the best scripts of a whole run are better than any that an agent will have.
  6. [ours]  State = append-only log + snapshot. A decision (admitted, evicted) is made once, written
             to the log, and only then applied, so replaying the log gives the same state without
             asking for scores again.
@@ -217,6 +217,11 @@ class Group:
     def rewards(self) -> np.ndarray:
         return np.array([trace.reward for trace in self.traces], np.float32)  # (G,)
 
+    @property
+    def failed(self) -> float:
+        """Share of the traces that are not valid."""
+        return sum(not trace.valid for trace in self.traces) / len(self.traces)
+
     def to_json(self) -> dict[str, Any]:
         """With token arrays, for the groups that a checkpoint finds finished but not consumed."""
         return {"task": self.task.to_json(), "traces": [t.to_json() for t in self.traces],
@@ -292,6 +297,7 @@ class Change(NamedTuple):
     epoch: int | None  # of the group; None when the record only takes a task out
     task_id: str
     rewards: np.ndarray  # (G,); empty when the record only takes a task out
+    failed: float  # Group.failed; then 0
     admitted: list[Task]
     evicted: list[str]
 
@@ -308,8 +314,8 @@ class EvolvingBuffer:
         capacity: most tasks held, roots included.
         max_depth: deepest task admitted; a draft has depth 0.
         children_per_group: k, the most tasks that one group adds.
-        frontier: most `improve` tasks of a competition, those with the best parents; 0: no limit.
-            One in flight stays until a later group of its competition.
+        frontier: `improve` tasks of a competition that stay, the newest; 0: no limit. One in flight
+            stays until a later group of its competition, and so do all that one group brings.
         headroom: a valid trace opens an `improve` task only while base_reward < 1 - headroom.
         enabled: False admits nothing: the ablation `--no-buffer`. Groups are logged all the same.
         crossover: also admit tasks with two parents.
@@ -320,7 +326,7 @@ class EvolvingBuffer:
         ValueError: no or repeated competitions, or a capacity that does not hold the roots.
     """
 
-    def __init__(self, competition_ids: Iterable[str], capacity: int = 4096, max_depth: int = 4,
+    def __init__(self, competition_ids: Iterable[str], capacity: int = 4096, max_depth: int = 16,
                  children_per_group: int = 3, frontier: int = 8, headroom: float = 0.01,
                  enabled: bool = True, crossover: bool = False,
                  log_path: str | os.PathLike | None = None):
@@ -344,7 +350,8 @@ class EvolvingBuffer:
         for competition_id in self.competition_ids:
             root = Task.root(competition_id)
             self.tasks[root.id] = root
-        self._improve = {name: [] for name in self.competition_ids}  # ids of the improve tasks
+        # ids of the improve tasks, oldest first
+        self._improve = {name: [] for name in self.competition_ids}
         self.sequence = 0  # changes since the run began: groups added and tasks taken out
         self._totals: dict[tuple[str, str], dict[str, float]] = {}  # by (competition, operator)
         self._log = None
@@ -405,9 +412,8 @@ class EvolvingBuffer:
                              f"this buffer has {self.competition_ids}")
         candidates: dict[str, Trace] = {}  # by the id of the task that the trace would open
         merged = 0
-        bar = self._frontier_bar(group.task.competition_id)
         for trace in group.traces:
-            if self._opens_task(group.task, trace) and (not trace.valid or trace.base_reward > bar):
+            if self._opens_task(group.task, trace):
                 name = child_id(trace)
                 merged += name in self.tasks or name in candidates
                 if name not in self.tasks:
@@ -416,8 +422,12 @@ class EvolvingBuffer:
         parents = select_parents(candidates.values(), self.children_per_group - len(crossing))
         admitted = [group.traces.index(trace) for trace in parents] + crossing
 
-        admitted, evicted = self._hold_frontier(group, admitted, protected)
-
+        evicted = []
+        if self.frontier:
+            held = self._improve[group.task.competition_id]
+            new = sum(isinstance(entry, int) and group.traces[entry].valid for entry in admitted)
+            over = max(len(held) + new - self.frontier, 0)
+            evicted = [name for name in held[:over] if name not in protected]
         room = self.capacity - len(self.tasks) + len(evicted)
         if len(admitted) > room:
             evictable = [task.id for task in self.tasks.values() if task.depth > 0
@@ -438,28 +448,6 @@ class EvolvingBuffer:
             "merged": merged,
             "evicted": evicted,
         }
-
-    def _frontier_bar(self, competition_id: str) -> float:
-        """What the base reward of an improve task's parent must exceed."""
-        rewards = sorted((self.tasks[name].parent.base_reward
-                          for name in self._improve[competition_id]), reverse=True)
-        return rewards[self.frontier - 1] if 0 < self.frontier <= len(rewards) else -math.inf
-
-    def _hold_frontier(self, group: Group, admitted: list, protected: Container[str]
-                       ) -> tuple[list, list[str]]:
-        """Which of `admitted` may come, and which improve tasks leave for them. Of equal parents
-        the older task stays."""
-        if not self.frontier:
-            return admitted, []
-        old = {name: self.tasks[name].parent for name in self._improve[group.task.competition_id]}
-        new = {entry: group.traces[entry] for entry in admitted
-               if isinstance(entry, int) and group.traces[entry].valid}
-        both = old | new
-        if len(both) <= self.frontier:
-            return admitted, []
-        best = sorted(both, key=lambda name: -both[name].base_reward)[:self.frontier]  # stable
-        return ([entry for entry in admitted if entry not in new or entry in best],
-                [name for name in old if name not in best and name not in protected])
 
     def _opens_task(self, task: Task, trace: Trace) -> bool:
         if not self.enabled or not trace.code or task.depth >= self.max_depth:
@@ -491,7 +479,8 @@ class EvolvingBuffer:
             if gone.operator == "improve":
                 self._improve[gone.competition_id].remove(gone.id)
             self._count(gone.competition_id, gone.operator, evicted=1)
-            return Change(self.sequence, None, gone.id, np.zeros(0, np.float32), [], [gone.id])
+            return Change(self.sequence, None, gone.id, np.zeros(0, np.float32), 0.0, [],
+                          [gone.id])
         task = Task.from_json(record["task"])
         traces = [Trace.from_json(data) for data in record["traces"]]
         admitted = [task.child(traces[entry]) if isinstance(entry, int)
@@ -514,8 +503,8 @@ class EvolvingBuffer:
             valid=sum(t.valid for t in traces), medals=sum(t.medal != "none" for t in traces),
             reward=math.fsum(t.reward for t in traces), merged=record["merged"])
         rewards = np.array([t.reward for t in traces], np.float32)
-        return Change(record["sequence"], record["epoch"], task.id, rewards, admitted,
-                      list(record["evicted"]))
+        return Change(record["sequence"], record["epoch"], task.id, rewards,
+                      Group(task, traces).failed, admitted, list(record["evicted"]))
 
     # ---- looking
 

@@ -24,9 +24,14 @@ What is the paper's and what is ours:
             competition has brought so far, optimistic while that is nothing (`prior`). It weighs
             as much as `prior_strength` rewards, so that one group without spread lowers a potential
             but does not end it.
- 4. [ours]  share(operator) = the mean LP^(1/tau) that a draw inside the operator meets. With a
-            plain sum over all tasks instead, a dozen draft roots drown among hundreds of children
-            (`balance_operators=False`). The same reason gives U its middle level.
+ 4. [ours]  share(operator) = how often an agent would take such a step now, times the mean
+            LP^(1/tau) that a draw inside the operator meets. A quarter of the steps are taken to be
+            drafts (`DRAFTS`). The others follow a script: one that failed is debugged, any other
+            improved (or crossed, half and half). So debug steps get rare as the scripts of the last
+            groups, whatever their operators, get valid (at first half of them are taken to fail),
+            however many failures lie in the buffer. With a plain sum over all tasks instead, a dozen draft
+            roots drown among hundreds of children (`balance_operators=False`). The same reason
+            gives U its middle level.
  5. [ours]  Cooling is the ageing: a task just visited waits while others are drawn.
  6. [ours]  Alternatives to LP: `variance` mu(1-mu), `regret` 1[any success]-mu, and `uniform`, the
             ablation: every task of the buffer alike, without floor and cooling.
@@ -88,6 +93,8 @@ def learnability_potential(mean, std, kind: str = "lp") -> np.ndarray:
 OPTIMISTIC_MEAN = 0.25
 OPTIMISTIC_STD = (3 / 16) ** 0.5
 FIRST_LEVEL = (OPTIMISTIC_MEAN, OPTIMISTIC_STD, 1)  # of a competition: it counts as one group
+DRAFTS = 0.25  # share of the steps that are drafts: an agent of 12 steps takes 3
+FAILURE_RATE = 0.05  # weight of a new group in the share of scripts that fail
 LEVEL_RATE = 0.1  # least weight of a new group in its competition's level
 
 BLOCK = 1024  # tasks a block: with a million tasks as many blocks as tasks in a block
@@ -136,6 +143,7 @@ class AdaptiveSampler:
         self.balance_operators = balance_operators
         self.rng = np.random.default_rng(seed)
         self.operators = tuple(operators)
+        self.failures = 0.5  # share of the scripts that failed lately
         self.draws = 0  # tasks drawn so far: the clock of the ageing
         self.late = 0  # groups that came back after their task had been removed
         self.in_flight: dict[str, int] = {}  # id -> its last visit before
@@ -255,12 +263,15 @@ class AdaptiveSampler:
 
     # ---- what a group teaches
 
-    def update(self, task_id: str, rewards: Sequence[float]) -> None:
-        """Take in the rewards of a finished group; the task is no longer in flight.
+    def update(self, task_id: str, rewards: Sequence[float], failed: float | None = None) -> None:
+        """Take in the rewards of a finished group; the task is no longer in flight. failed: the
+        share of its responses that did not submit anything valid, where that is known.
 
         The group of a task removed while in flight is ignored and counted in `late`.
         Raises KeyError for any other unknown id, ValueError for no or non-finite rewards.
         """
+        if failed is not None and not 0 <= failed <= 1:
+            raise ValueError(f"failed of {task_id} has to be a share in [0, 1]: {failed}")
         rewards = np.asarray(rewards, float)
         if rewards.size == 0 or not np.isfinite(rewards.sum()):
             raise ValueError(f"rewards of {task_id} have to be finite numbers: {rewards}")
@@ -270,6 +281,8 @@ class AdaptiveSampler:
             return
         row = self._row(task_id)
         self.in_flight.pop(task_id, None)
+        if failed is not None:
+            self.failures += FAILURE_RATE * (failed - self.failures)
         mean, std = _moments(rewards)
         old = self.table[row]
 
@@ -364,7 +377,13 @@ class AdaptiveSampler:
         total, squares = self.sums.sum(2)
         if not self.balance_operators:
             return total
-        return np.divide(squares, total, out=np.zeros_like(total), where=total > 0)
+        debug = (1 - DRAFTS) * self.failures
+        others = sum(name not in ("draft", "debug") and total[i] > 0
+                     for i, name in enumerate(self.operators))
+        taken = {"draft": DRAFTS, "debug": debug}
+        often = np.array([taken.get(name, (1 - DRAFTS - debug) / max(others, 1))
+                          for name in self.operators])
+        return often * np.divide(squares, total, out=np.zeros_like(total), where=total > 0)
 
     def _probabilities(self) -> np.ndarray:
         """(tasks,) P, computed in full. At least one task must not be in flight."""
@@ -381,7 +400,7 @@ class AdaptiveSampler:
         p += epsilon * uniform[table["competition"], operator]
         cool = np.clip((1.0 + self.draws - table["last"]) / (1 + self.cooldown), 0.0, 1.0)
         p *= cool
-        if p.sum() == 0:  # epsilon = 0, and all that has potential is in flight
+        if p.sum() == 0:  # epsilon = 0, and all that has a share is in flight
             p = cool
         return p / p.sum()
 
@@ -442,7 +461,7 @@ class AdaptiveSampler:
         table = self.table[:len(self)]
         return {
             "rng": self.rng.bit_generator.state,
-            "draws": self.draws, "late": self.late,
+            "draws": self.draws, "late": self.late, "failures": self.failures,
             "in_flight": dict(self.in_flight),
             "removed_in_flight": sorted(self._removed_in_flight),
             "competitions": list(self.competitions),
@@ -462,6 +481,7 @@ class AdaptiveSampler:
                              f"this sampler {list(self.operators)}")
         self.rng.bit_generator.state = state["rng"]
         self.draws, self.late = state["draws"], state["late"]
+        self.failures = state.get("failures", self.failures)  # older snapshots have none
         self.in_flight = dict(state["in_flight"])
         self._removed_in_flight = set(state["removed_in_flight"])
         self.competitions = list(state["competitions"])

@@ -157,10 +157,9 @@ class Config:
     buffer: bool = opt(True, "evolving buffer; --no-buffer trains on drafts only")
     crossover: bool = opt(False, "a fourth operator: combine two valid scripts [ours]")
     capacity: int = opt(4096, "tasks that the buffer holds")
-    max_depth: int = opt(4, "longest chain of improve and debug steps")
+    max_depth: int = opt(16, "longest chain of improve and debug steps")
     children: int = opt(3, "new tasks admitted per group")
-    frontier: int = opt(8, "improve tasks held of a competition, those with the best parents; "
-                           "0: no limit")
+    frontier: int = opt(8, "improve tasks held of a competition, the newest; 0: no limit")
     tau: float = opt(1.0, "temperature of the task distribution; smaller is greedier")
     epsilon: float = opt(0.2, "share of the task distribution that is uniform over competitions")
     # --- the learner
@@ -503,7 +502,7 @@ class Curriculum:
             return
         # The buffer first: its log may fail (disk full), and then nothing has happened yet.
         admitted, evicted = self.buffer.add(group, self.sampler.score, self.in_flight)
-        self.sampler.update(task_id, group.rewards)
+        self.sampler.update(task_id, group.rewards, group.failed)
         self.follow(group.rewards, admitted, evicted)
         if self.trace_log:
             for trace in group.traces:
@@ -658,7 +657,7 @@ class Curriculum:
         with self.changed:
             for change in self.buffer.replay():
                 if change.rewards.size:  # none: a task was removed
-                    self.sampler.update(change.task_id, change.rewards)
+                    self.sampler.update(change.task_id, change.rewards, change.failed)
                     self.epoch = max(self.epoch, change.epoch)
                 self.follow(change.rewards, change.admitted, change.evicted)
                 # What was in flight and has not come back keeps its old place in the staleness

@@ -71,7 +71,7 @@ ARMS = {
     "no-buffer": Arm("no buffer: drafts only", ("--no-buffer",)),
     "uniform": Arm("uniform sampling", ("--sampler", "uniform")),
     "neither": Arm("neither", ("--no-buffer", "--sampler", "uniform")),
-    "all-parents": Arm("improve tasks of all parents", ("--frontier", "0")),
+    "all-ages": Arm("improve tasks of all ages", ("--frontier", "0")),
     "sync": Arm("synchronous", ("--max-staleness", "0")),
     "crossover": Arm("with crossover, in training and agent", ("--crossover",),
                      ("--crossover-probability", "0.33")),

@@ -19,7 +19,7 @@ How it is taught (everything here is [ours]):
 2. `Script`         a grammar: model, hyper-parameters, preprocessing, mistakes -> source
 3. `make_examples`  draft, improve and debug answers. Failing parents are executed in the real
                     sandbox, so that debug prompts hold real tracebacks
-4. `make_lessons`   first of all, copying: parts of scripts, whole scripts
+4. `make_lessons`   first of all, copying and improving parts of scripts, copying whole ones
 5. `make_tokenizer`, `teach`: byte-level BPE over whole lines, next-token prediction on answers
 """
 
@@ -144,54 +144,51 @@ def make_worlds(rng: random.Random, count: int, folder: Path) -> list[tuple]:
 # ---------------------------------------------------------------------------------------------
 # 2. The grammar of scripts
 
-# Model families: weight in the corpus, module, class (Kind is Classifier or Regressor), arguments.
+# Model families: weight in the corpus, module, class (Kind is Classifier or Regressor), arguments
+# from plain to tuned: a draft takes one of the first PLAIN, an improvement moves to a neighbour.
 # Weak families weigh more: which ones are good is left to reinforcement learning to find out.
+PLAIN = 2
 FAMILIES = [
     (10, "dummy", "DummyKind", [""]),
-    (16, "tree", "DecisionTreeKind", ["max_depth=2", "max_depth=3", "max_depth=5", ""]),
-    (16, "neighbors", "KNeighborsKind",
-     ["1", "3", "5", "12", "30", "12, weights=\"distance\""]),
-    (6, "ensemble", "AdaBoostKind", ["n_estimators=10", "n_estimators=25"]),
+    (16, "tree", "DecisionTreeKind", ["max_depth=2", "max_depth=3", "max_depth=5", "max_depth=8"]),
+    (16, "neighbors", "KNeighborsKind", ["1", "3", "8", "20", "20, weights=\"distance\""]),
+    (6, "ensemble", "AdaBoostKind", ["n_estimators=10", "n_estimators=25", "n_estimators=50"]),
     (5, "ensemble", "RandomForestKind",
-     ["n_estimators=10", "n_estimators=30", "n_estimators=30, max_depth=3",
-      "n_estimators=30, min_samples_leaf=5", "n_estimators=30, max_features=0.5"]),
+     ["n_estimators=10, max_depth=3", "n_estimators=10", "n_estimators=30", "n_estimators=80"]),
     (4, "ensemble", "ExtraTreesKind",
-     ["n_estimators=10", "n_estimators=30", "n_estimators=30, max_depth=3",
-      "n_estimators=30, min_samples_leaf=3", "n_estimators=30, max_features=None"]),
+     ["n_estimators=10, max_depth=3", "n_estimators=10", "n_estimators=30", "n_estimators=80"]),
     (4, "ensemble", "GradientBoostingKind",
-     ["n_estimators=10", "n_estimators=30, learning_rate=0.2",
-      "n_estimators=40, max_depth=2, learning_rate=0.2",
-      "n_estimators=30, max_depth=4, learning_rate=0.2, subsample=0.5"]),
+     ["n_estimators=5", "n_estimators=20", "n_estimators=50", "n_estimators=50, learning_rate=0.2",
+      "n_estimators=80, learning_rate=0.2, subsample=0.5"]),
     (3, "neural_network", "MLPKind",
-     ["hidden_layer_sizes=(16,), max_iter=100", "hidden_layer_sizes=(32,), max_iter=150"]),
+     ["hidden_layer_sizes=(8,), max_iter=50", "hidden_layer_sizes=(32,), max_iter=150",
+      "hidden_layer_sizes=(32,), solver=\"lbfgs\", alpha=3"]),
     (4, "ensemble", "HistGradientBoostingKind",
-     ["max_iter=10", "max_iter=30", "max_iter=30, max_leaf_nodes=8, l2_regularization=5"]),
+     ["max_iter=5", "max_iter=20", "max_iter=60", "max_iter=60, max_leaf_nodes=8"]),
 ]
 CLASSIFIERS = FAMILIES + [
     (14, "naive_bayes", "GaussianNB", ["", "var_smoothing=0.1"]),
     (8, "linear_model", "LogisticRegression",
-     ["C=0.001, max_iter=500", "C=0.01, max_iter=500", "C=0.1, max_iter=500", "C=1, max_iter=500",
-      "C=100, max_iter=500"]),
+     ["C=0.001, max_iter=500", "C=0.01, max_iter=500", "C=0.1, max_iter=500", "C=1, max_iter=500"]),
     (4, "discriminant_analysis", "LinearDiscriminantAnalysis", [""]),
     (4, "discriminant_analysis", "QuadraticDiscriminantAnalysis",
-     ["reg_param=0.05", "reg_param=0.2", "reg_param=0.5"]),
-    (5, "svm", "SVC", ["C=0.01", "C=0.3", "C=1", "C=3, gamma=0.05", "C=10", "C=30, gamma=0.01"]),
+     ["reg_param=0.9", "reg_param=0.5", "reg_param=0.2", "reg_param=0.05"]),
+    (5, "svm", "SVC", ["C=0.01", "C=0.1", "C=1", "C=3", "C=10"]),
 ]
 REGRESSORS = FAMILIES + [
-    (8, "linear_model", "Ridge", ["0.1", "3", "50", "1000"]),
-    (5, "linear_model", "Lasso", ["0.01", "0.1", "3"]),
+    (8, "linear_model", "Ridge", ["1000", "50", "3", "0.1"]),
+    (5, "linear_model", "Lasso", ["3", "0.3", "0.03"]),
     (3, "linear_model", "HuberRegressor", ["max_iter=500"]),
-    (6, "svm", "SVR", ["C=0.1", "C=1", "C=10", "C=100", "C=100, gamma=0.03", "C=1000, gamma=0.03"]),
+    (6, "svm", "SVR", ["C=0.1", "C=1", "C=10", "C=100", "C=1000, gamma=0.03"]),
 ]
-ONE_WAY = {name for *_, name, arguments in CLASSIFIERS + REGRESSORS if len(arguments) == 1}
 # Preprocessing before the model.
 STEPS = [
     (6, ()),
     (4, ("StandardScaler()",)),
     (2, ("MinMaxScaler()",)),
-    (1, ("StandardScaler()", "PolynomialFeatures(2)", "StandardScaler()")),
-    (1, ("StandardScaler()", "SplineTransformer()")),
-    (1, ("QuantileTransformer(n_quantiles=100, output_distribution=\"normal\")",)),
+    (2, ("StandardScaler()", "PolynomialFeatures(2)", "StandardScaler()")),
+    (2, ("StandardScaler()", "SplineTransformer()")),
+    (2, ("QuantileTransformer(n_quantiles=100, output_distribution=\"normal\")",)),
 ]
 # Realistic mistakes. Some crash, some make the submission invalid, some only cost score.
 MISTAKES = (
@@ -225,17 +222,30 @@ def pick(rng: random.Random, weighted: list[tuple]):
     return rng.choices(weighted, [w for w, *_ in weighted])[0]
 
 
-def draw_model(rng: random.Random, spec: bench.Spec, family: str | None = None) -> tuple[str, str]:
-    """(module, class with arguments), of one family if given."""
-    families = CLASSIFIERS if spec.labels else REGRESSORS
-    _, module, name, arguments = pick(rng, [f for f in families if family in (None, f[2])])
-    arguments = [rng.choice(arguments)]
-    if name == "SVC":
-        arguments.append("probability=True")
-    if name not in ("DummyKind", "KNeighborsKind", "GaussianNB", "SVR", "HuberRegressor",
-                    "LinearDiscriminantAnalysis", "QuadraticDiscriminantAnalysis"):
-        arguments.append("random_state=0")
-    return module, f"{name}({', '.join(filter(None, arguments))})"
+def spell(name: str, arguments: str) -> str:
+    """A model's class with all its arguments."""
+    fixed = {"SVC": "probability=True, random_state=0"}.get(name, "random_state=0")
+    if name in ("DummyKind", "KNeighborsKind", "GaussianNB", "SVR", "HuberRegressor",
+                "LinearDiscriminantAnalysis", "QuadraticDiscriminantAnalysis"):
+        fixed = ""
+    return f"{name}({', '.join(filter(None, (arguments, fixed)))})"
+
+
+def draw_model(rng: random.Random, spec: bench.Spec, plain: bool = True) -> tuple[str, str]:
+    """(module, class with arguments)."""
+    _, module, name, arguments = pick(rng, CLASSIFIERS if spec.labels else REGRESSORS)
+    return module, spell(name, rng.choice(arguments[:PLAIN] if plain else arguments))
+
+
+def tune_model(rng: random.Random, spec: bench.Spec, model: tuple[str, str]) -> tuple[str, str]:
+    """The model with the next arguments or the ones before; itself where there are no others."""
+    module, text = model
+    name = text.partition("(")[0]
+    arguments = next(f[3] for f in (CLASSIFIERS if spec.labels else REGRESSORS) if f[2] == name)
+    spelt = [spell(name, a) for a in arguments]
+    at = spelt.index(text)
+    beside = spelt[max(at - 1, 0):at] + spelt[at + 1:at + 2]
+    return module, rng.choice(beside or spelt)
 
 
 @dataclass(frozen=True)
@@ -251,7 +261,7 @@ class Script:
 
     @classmethod
     def draw(cls, rng: random.Random, spec: bench.Spec, rate: float) -> "Script":
-        """A random script of one model; each mistake is made with probability `rate`."""
+        """A random script of one plain model; each mistake is made with probability `rate`."""
         return cls(
             spelt=rng.random() < 0.2, models=(draw_model(rng, spec),), steps=pick(rng, STEPS)[1],
             fill=rng.choice(("X.median()", "X.mean()", "0")),
@@ -339,7 +349,7 @@ class Script:
 
 def make_examples(rng: random.Random, worlds: list, count: int, answers: int, rate: float,
                   sandbox: Sandbox) -> list[tuple[list[dict], list[str]]]:
-    """(chat messages, answers) pairs: half drafts, a quarter each of improve and debug.
+    """(chat messages, answers) pairs: two fifths each of draft and improve, one of debug.
 
     Failing parents are executed, so that a debug prompt shows what the sandbox says; an improve
     prompt shows a validation score only, for which any number will do.
@@ -357,7 +367,8 @@ def make_examples(rng: random.Random, worlds: list, count: int, answers: int, ra
     examples = []
     for index in range(count):
         spec, competition = rng.choice(worlds)
-        operator, parent, trace = ("draft", "improve", "draft", "debug")[index % 4], None, None
+        operator = ("draft", "improve", "draft", "improve", "debug")[index % 5]
+        parent, trace = None, None
         if operator == "improve":
             parent = draw_parent(rng, spec)
             trace = Trace(f"t{index}", "", competition.id, "draft", code=parent.source(spec, rng),
@@ -378,56 +389,61 @@ def make_examples(rng: random.Random, worlds: list, count: int, answers: int, ra
 
 def answer_to(operator: str, parent: Script | None, spec: bench.Spec, rate: float,
               rng: random.Random) -> Script:
-    """What AIDE asks a language model for: a draft is simple, any script of one model; improve
-    changes one thing of its parent, as likely for the worse as for the better: a model's arguments,
-    a model, the steps, or how many models there are. Debug drops the parent's mistakes. Each may
-    make mistakes of its own."""
+    """What AIDE asks a language model for. A draft is simple, "without ensembling or
+    hyper-parameter optimization": one model with plain arguments. Improve changes one thing of its
+    parent, as likely for the worse as for the better: a model's arguments by one place, a model
+    (against a plain one), the steps, or how many models there are. Debug drops the parent's mistakes. Each may make
+    mistakes of its own."""
     answer = Script.draw(rng, spec, rate)
     if operator == "draft":
         return answer
     answer = replace(answer, spelt=parent.spelt, fill=parent.fill)
-    models, steps, at = parent.models, parent.steps, rng.randrange(len(parent.models))
-    if operator == "debug":
-        return replace(answer, models=models, steps=steps)
-    change = rng.choice(("arguments", "model", "steps", "blend"))
-    while (models, steps) == (parent.models, parent.steps):
-        if change == "steps":
+    models, steps = parent.models, parent.steps
+    while operator == "improve" and (models, steps) == (parent.models, parent.steps):
+        change = rng.choice(("arguments", "arguments", "model", "steps", "blend"))
+        at = rng.randrange(len(models))
+        if change == "arguments":
+            models = (*models[:at], tune_model(rng, spec, models[at]), *models[at + 1:])
+        elif change == "model":
+            models = (*models[:at], draw_model(rng, spec), *models[at + 1:])
+        elif change == "steps":
             steps = pick(rng, STEPS)[1]
-        elif change == "blend" and len(models) < 3:
+        elif len(models) < 3:
             models = (*models, draw_model(rng, spec))
-        elif change == "blend":
-            models = models[:-1]
         else:
-            family = models[at][1].partition("(")[0]
-            if change == "model" or family in ONE_WAY:
-                family = None
-            models = (*models[:at], draw_model(rng, spec, family), *models[at + 1:])
+            models = models[:-1]
     return replace(answer, models=models, steps=steps)
 
 
 def draw_parent(rng: random.Random, spec: bench.Spec, mistakes: frozenset = frozenset()) -> Script:
-    """A script as an agent has it after some steps: up to three models."""
-    script = replace(Script.draw(rng, spec, 0.0), mistakes=mistakes)
-    more = (draw_model(rng, spec) for _ in range(rng.choice((0, 0, 1, 2))))
-    return replace(script, models=(*script.models, *more))
+    """A script as an agent has it after some steps: up to three models, any arguments."""
+    models = (draw_model(rng, spec, plain=False) for _ in range(rng.choice((1, 1, 2, 3))))
+    return replace(Script.draw(rng, spec, 0.0), models=tuple(models), mistakes=mistakes)
 
 
-def make_lessons(rng: random.Random, worlds: list, parts: int, scripts: int) -> list[str]:
-    """Texts to be copied, without a prompt: parts of scripts, then whole ones.
+def make_lessons(rng: random.Random, worlds: list, parts: int, scripts: int
+                 ) -> list[tuple[str, str]]:
+    """(text, answer) pairs without a task: parts of scripts, every other one to be copied, the next
+    to be improved; then whole scripts to be copied.
 
-    They teach to look things up in the parent. From whole prompts alone that was not learnt: a few
-    lines among four hundred tokens are too little to begin with. The policy then wrote a new draft
-    whatever it was asked, so that a buffer of parents could be worth nothing.
+    They teach to look things up in the parent, and to change one of them. From whole prompts alone
+    that was not learnt: a few lines among four hundred tokens are too little to begin with. The
+    policy then wrote a new draft whatever it was asked, so that a buffer of parents could be worth
+    nothing.
     """
     lessons = []
     for index in range(parts + scripts):
         spec, _ = rng.choice(worlds)
         parent = draw_parent(rng, spec)
-        if index < parts:
-            kind = "Classifier" if spec.labels else "Regressor"
-            lessons.append("\n".join(parent.modelling(kind)) + "\n")
-        else:
-            lessons.append(f"```python\n{parent.source(spec, rng)}```")
+        kind = "Classifier" if spec.labels else "Regressor"
+        text, word = "\n".join(parent.modelling(kind)), "copy"
+        answer = text + "\n"
+        if index >= parts:
+            text = answer = f"```python\n{parent.source(spec, rng)}```"
+        elif index % 2:
+            better, word = answer_to("improve", parent, spec, 0.0, rng), "improve"
+            answer = "\n".join(better.modelling(kind)) + "\n"
+        lessons.append((f"{text}\n{word}\n", answer))
     return lessons
 
 
@@ -557,7 +573,8 @@ def main(argv=None) -> int:
     parser.add_argument("--answers", type=int, default=5, help="answers to each prompt")
     parser.add_argument("--lessons", type=int, default=1500,
                         help="scripts to copy before the prompts; as many again come among the "
-                             "prompts, and before all else seven times as many parts of scripts")
+                             "prompts, and before all else seven times as many parts of scripts, "
+                             "half to copy, half to improve")
     parser.add_argument("--worlds", type=int, default=600, help="random competitions")
     parser.add_argument("--mistakes", type=float, default=0.05,
                         help="rate of each of the mistakes in an answer")
@@ -593,7 +610,7 @@ def main(argv=None) -> int:
 
     prompts = [family(encode_chat(tokenizer, messages), answers)
                for messages, answers in tqdm(examples, desc="tokenizing", unit="")]
-    lessons = [family(tokenizer.encode(text + "\n"), [text]) for text in lessons]
+    lessons = [family(tokenizer.encode(text), [answer]) for text, answer in lessons]
     first, later = lessons[:8 * args.lessons], lessons[8 * args.lessons:] + prompts
     rng.shuffle(later)
     shutil.rmtree(new, ignore_errors=True)  # of a run that was killed

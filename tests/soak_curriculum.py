@@ -92,7 +92,7 @@ def main() -> int:
                     capacity=options.tasks)
     names = [f"competition-{i}" for i in range(100)]
     with tempfile.TemporaryDirectory(dir=options.dir, prefix="soak-") as folder:
-        buffer = EvolvingBuffer(names, config.capacity, max_depth=config.max_depth,
+        buffer = EvolvingBuffer(names, config.capacity, max_depth=4,  # as in the header's figures
                                 children_per_group=config.children,
                                 frontier=0,  # so that it fills
                                 log_path=Path(folder) / "groups.jsonl")

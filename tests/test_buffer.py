@@ -285,36 +285,24 @@ def test_a_large_buffer_makes_room_for_several_groups_at_once():
     assert evicted == ["iris/debug/0", "iris/debug/1"] and len(calls) == 127
 
 
-def test_of_a_competition_the_improve_tasks_with_the_best_parents_stay():
+def test_of_a_competition_the_newest_improve_tasks_stay():
     buffer = EvolvingBuffer(["iris", "wine"], frontier=2)
     root, other = buffer.tasks["iris/draft"], buffer.tasks["wine/draft"]
     buffer.add(Group(root, [trace(root, "a", 0.5), trace(root, "b", 0.3), trace(root, "x")]))
     buffer.add(Group(other, [trace(other, "c", 0.1)]))
-    # 0.2 is below both; of the two with 0.5 the older one stays; 0.4 is above 0.3.
-    assert buffer.add(Group(root, [trace(root, "d", 0.2)])) == ([], [])
-    admitted, evicted = buffer.add(Group(root, [trace(root, "e", 0.4), trace(root, "f", 0.2)]))
-    assert [t.id for t in admitted] == ["iris/improve/e"] and evicted == ["iris/improve/b"]
-    admitted, evicted = buffer.add(Group(root, [trace(root, "g", 0.5)]))
-    assert [t.id for t in admitted] == ["iris/improve/g"] and evicted == ["iris/improve/e"]
-    assert buffer.add(Group(root, [trace(root, "h", 0.5)])) == ([], [])
+    admitted, evicted = buffer.add(Group(root, [trace(root, "d", 0.2)]))
+    assert [t.id for t in admitted] == ["iris/improve/d"] and evicted == ["iris/improve/a"]
+    assert buffer.add(Group(root, [trace(root, "y")]))[1] == []  # a failure takes no such place
     assert "iris/debug/x" in buffer.tasks and "wine/improve/c" in buffer.tasks
     # One in flight stays until a later group of its competition.
-    first = {"iris/improve/a"}
-    admitted, evicted = buffer.add(Group(root, [trace(root, "i", 0.7), trace(root, "j", 0.6)]),
-                                   protected=first)
-    assert [t.id for t in admitted] == ["iris/improve/i", "iris/improve/j"]
-    assert evicted == ["iris/improve/g"] and first <= set(buffer.tasks)
-    assert buffer.add(Group(root, [trace(root, "y")]))[1] == ["iris/improve/a"]
-
-
-def test_a_script_below_the_frontier_takes_no_place_of_a_failure():
-    buffer = EvolvingBuffer(["iris"], frontier=1, children_per_group=2)
-    root = buffer.tasks["iris/draft"]
-    buffer.add(Group(root, [trace(root, "a", 0.5)]))
-    admitted, _ = buffer.add(Group(root, [trace(root, "b", 0.4), trace(root, "c", 0.3),
-                                          trace(root, "d", output="KeyError: 'x'"),
-                                          trace(root, "e", output="NameError: y")]))
-    assert [t.id for t in admitted] == ["iris/debug/d", "iris/debug/e"]
+    first = {"iris/improve/b"}
+    assert buffer.add(Group(root, [trace(root, "e", 0.4)]), protected=first)[1] == []
+    assert buffer.add(Group(root, [trace(root, "z")]))[1] == ["iris/improve/b"]
+    # What one group brings stays, even if it is more than that.
+    three = [trace(root, name, base) for name, base in zip("fgh", (0.7, 0.6, 0.8))]
+    assert buffer.add(Group(root, three))[1] == ["iris/improve/d", "iris/improve/e"]
+    assert buffer.add(Group(root, [trace(root, "i", 0.1)]))[1] == [
+        "iris/improve/h", "iris/improve/f"]  # the best of a group was admitted first
 
 
 def test_no_frontier_keeps_all():
@@ -406,12 +394,14 @@ def test_replay_goes_on_from_a_snapshot_and_reports_the_changes(tmp_path, root):
     buffer = logged(tmp_path, capacity=3)
     buffer.add(Group(root, [trace(root, "a")]))
     state = json.loads(json.dumps(buffer.state_dict()))
-    buffer.add(Group(root, [trace(root, "b", 0.5)], epoch=1), lambda task_id: 0.0)
+    group = Group(root, [trace(root, "b", 0.5), trace(root, "", status="no_code")], epoch=1)
+    buffer.add(group, lambda task_id: 0.0)
     resumed = logged(tmp_path, capacity=3)
     resumed.load_state_dict(state)
     (change,) = resumed.replay()
     assert (change.sequence, change.epoch, change.task_id) == (2, 1, "iris/draft")
-    assert change.rewards.tolist() == [0.5] and change.evicted == ["iris/debug/a"]
+    assert change.rewards.tolist() == [0.5, 0.0] and change.evicted == ["iris/debug/a"]
+    assert change.failed == group.failed == 0.5
     assert [t.id for t in change.admitted] == ["iris/improve/b"]
     assert snapshot(resumed) == snapshot(buffer)
     assert resumed.replay() == []
@@ -531,7 +521,7 @@ def test_properties_of_any_history(tmp_path_factory, steps, capacity, k, stop, c
                    for t in buffer.tasks.values())
         improve = [t for t in buffer.tasks.values() if t.operator == "improve"
                    and t.competition_id == task.competition_id and t.id not in protected]
-        assert not frontier or len(improve) <= frontier
+        assert not frontier or len(improve) <= max(frontier, k)
         if number == stop:
             saved = json.loads(json.dumps(buffer.state_dict()))
     final = snapshot(buffer)

@@ -186,6 +186,43 @@ def test_tau_sharpens():
     assert sampler.score("a/draft") == pytest.approx(0.25)  # the potential itself, not its power
 
 
+def test_debug_steps_are_as_frequent_as_failures_are():
+    """By hand: failures 0.5, then 0.5 + 0.05 * (0.1 - 0.5) = 0.48, then 0.456 where all is valid."""
+    sampler = roots("a", epsilon=0.0)
+    for operator in ("improve", "debug"):
+        sampler.add(f"a/{operator}", "a", operator, [0.25 - 3**0.5 / 4, 0.25 + 3**0.5 / 4], 0.25)
+
+    def shares():
+        return pytest.approx([sampler.probabilities()[f"a/{o}"]
+                              for o in ("draft", "improve", "debug")], abs=1e-6)
+
+    same = [0.25 - 3**0.5 / 4, 0.25 + 3**0.5 / 4]  # leaves mean and deviation as the prior has them
+    assert [0.25, 0.375, 0.375] == shares()
+    sampler.update("a/draft", same, 0.1)
+    assert [0.25, 0.75 * 0.52, 0.75 * 0.48] == shares()
+    sampler.update("a/draft", same)  # not known
+    sampler.update("a/draft", same, 0.0)
+    assert [0.25, 0.75 * 0.544, 0.75 * 0.456] == shares()
+    assert restored(sampler, epsilon=0.0, cooldown=0).failures == pytest.approx(0.456)
+
+
+def test_crossing_takes_half_of_the_improve_steps():
+    sampler = roots("a", epsilon=0.0)
+    for operator in ("improve", "crossover"):
+        sampler.add(f"a/{operator}", "a", operator, [0.25 - 3**0.5 / 4, 0.25 + 3**0.5 / 4], 0.25)
+    # Nothing to debug: what debugging would take goes to all. 0.25 : 0.1875 : 0.1875
+    assert sampler.probabilities() == approx(**{"a/draft": 0.4, "a/improve": 0.3,
+                                                "a/crossover": 0.3})
+
+
+@pytest.mark.parametrize("failed", [-0.1, 1.5, float("nan")])
+def test_a_share_of_failures_that_is_none_is_refused(failed):
+    sampler = roots("a")
+    with pytest.raises(ValueError, match="failed of a/draft"):
+        sampler.update("a/draft", [0.0, 1.0], failed)
+    assert sampler.failures == 0.5 and sampler.statistics("a/draft")["visits"] == 0
+
+
 def test_many_children_do_not_drown_the_roots():
     def share(**options):
         sampler = roots("ab", epsilon=0.1, **options)
@@ -195,8 +232,9 @@ def test_many_children_do_not_drown_the_roots():
         p = sampler.probabilities()
         return p["a/draft"], p["b/draft"]
 
-    # equal potentials: each operator has half of the 0.9; the floor gives a competition 0.05
-    assert share() == pytest.approx((0.9 / 4 + 0.05 / 2, 0.9 / 4 + 0.05), abs=1e-6)
+    # Equal potentials; one step in four is a draft, half of the others are taken to be debug steps:
+    # the two roots share 0.4 of the 0.9. The floor gives a competition 0.05.
+    assert share() == pytest.approx((0.9 * 0.2 + 0.05 / 2, 0.9 * 0.2 + 0.05), abs=1e-6)
     assert share(balance_operators=False) == pytest.approx(
         (0.9 / 202 + 0.05 / 2, 0.9 / 202 + 0.05), abs=1e-6)
 

@@ -61,7 +61,7 @@ def test_every_model_of_the_grammar_exists():
     for kind, families in (("Classifier", tiny.CLASSIFIERS), ("Regressor", tiny.REGRESSORS)):
         for _, module, name, choices in families:
             for arguments in choices:
-                model = eval(f"{module}.{name.replace('Kind', kind)}({arguments})")
+                model = eval(f"{module}.{tiny.spell(name, arguments).replace('Kind', kind)}")
                 model._validate_params()
 
 
@@ -77,6 +77,22 @@ def test_a_mistake_has_its_consequence(worlds, sandbox, mistake, outcome):
     run = sandbox.run(competition, script.source(spec, rng))
     assert not run.valid
     assert outcome in run.stderr_tail + run.reason
+
+
+def test_a_draft_is_of_one_plain_model_and_arguments_move_by_one_place(worlds):
+    rng = random.Random(6)
+    spec = next(spec for spec, _ in worlds if spec.labels)
+    plain = {(module, tiny.spell(name, a)) for _, module, name, arguments in tiny.CLASSIFIERS
+             for a in arguments[:2]}
+    drafts = [tiny.answer_to("draft", None, spec, 0.1, rng).models for _ in range(400)]
+    assert {model for models in drafts for model in models} == plain
+    assert {len(models) for models in drafts} == {1}
+    tuned = {tiny.tune_model(rng, spec, ("svm", tiny.spell("SVC", "C=1"))) for _ in range(50)}
+    assert tuned == {("svm", f"SVC(C={c}, probability=True, random_state=0)") for c in ("0.1", "3")}
+    last = tiny.tune_model(rng, spec, ("naive_bayes", "GaussianNB(var_smoothing=0.1)"))
+    assert last == ("naive_bayes", "GaussianNB()")
+    only = ("discriminant_analysis", "LinearDiscriminantAnalysis()")
+    assert tiny.tune_model(rng, spec, only) == only
 
 
 def test_an_improvement_changes_one_thing_and_a_repair_drops_the_mistakes(worlds):
@@ -101,12 +117,14 @@ def test_an_improvement_changes_one_thing_and_a_repair_drops_the_mistakes(worlds
 def test_lessons_are_parts_of_scripts_then_whole_ones(worlds):
     lessons = tiny.make_lessons(random.Random(5), worlds, 30, 20)
     assert len(lessons) == 50
-    for lesson in lessons[:30]:
-        assert lesson.startswith("X_test = X_test.fillna(") and "model = ensemble.Voting" in lesson
-        ast.parse(lesson)
-    for lesson in lessons[30:]:
-        code, reason = extract_code(lesson)
-        assert "sub.to_csv" in code and not reason
+    for index, (text, answer) in enumerate(lessons[:30]):
+        assert text.startswith("X_test = X_test.fillna(") and "model = ensemble.Voting" in answer
+        ast.parse(answer)
+        old, _, word = text.removesuffix("\n").rpartition("\n")
+        assert word == ("copy", "improve")[index % 2] and (answer == old + "\n") == (index % 2 == 0)
+    for text, answer in lessons[30:]:
+        code, reason = extract_code(answer)
+        assert text == f"{answer}\ncopy\n" and "sub.to_csv" in code and not reason
 
 
 def test_answers_are_found_by_the_rollout_and_parse(worlds):

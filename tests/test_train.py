@@ -79,7 +79,7 @@ def run_synchronous(config):
                 group = results[-1].group
                 in_flight = {t.id for t in tasks[len(results):]}
                 admitted, evicted = buffer.add(group, sampler.score, in_flight)
-                sampler.update(task.id, group.rewards)
+                sampler.update(task.id, group.rewards, group.failed)
                 curriculum.follow(group.rewards, admitted, evicted)
             rows.append(batch_metrics(results, learner.version))
             if sequences := make_batch(results, config):
@@ -270,6 +270,19 @@ def test_checkpoint_goes_on_like_the_uninterrupted_run(tmp_path):
     engine.version = learner.version
     rows += loop(second, engine, learner, 6)
     assert without_times(rows) == without_times(full)
+
+
+def test_replay_brings_the_sampler_along(tmp_path):
+    """Killed before the first checkpoint: all that is known comes from the buffer's log."""
+    config = make_config(max_staleness=0, steps=6)
+    _, live = run_async(config, threads=1, tmp_path=tmp_path)
+    resumed = make_curriculum(config, tmp_path)
+    resumed.replay()
+    assert resumed.sampler.failures == live.sampler.failures != 0.5
+    tasks = live.sampler.ids
+    assert resumed.sampler.ids == tasks and set(tasks) == set(live.buffer.tasks)
+    assert [resumed.sampler.statistics(t) for t in tasks] == [
+        live.sampler.statistics(t) for t in tasks]
 
 
 def test_in_flight_tasks_are_handed_out_again():
