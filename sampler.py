@@ -378,11 +378,10 @@ class AdaptiveSampler:
         if not self.balance_operators:
             return total
         debug = (1 - DRAFTS) * self.failures
-        others = sum(name not in ("draft", "debug") and total[i] > 0
-                     for i, name in enumerate(self.operators))
-        taken = {"draft": DRAFTS, "debug": debug}
-        often = np.array([taken.get(name, (1 - DRAFTS - debug) / max(others, 1))
-                          for name in self.operators])
+        often = {"draft": DRAFTS, "debug": debug}
+        others = sum(t > 0 for name, t in zip(self.operators, total.tolist()) if name not in often)
+        rest = (1 - DRAFTS - debug) / max(others, 1)
+        often = np.array([often.get(name, rest) for name in self.operators])
         return often * np.divide(squares, total, out=np.zeros_like(total), where=total > 0)
 
     def _probabilities(self) -> np.ndarray:
