@@ -18,8 +18,9 @@ What is the paper's and what is ours:
             never roots and never protected tasks (those in flight). The scores are the caller's:
             Learnability Potential in training. What cannot be made room for is not admitted.
             Of a competition only the `frontier` newest improve tasks stay, newest by admission: an
-            agent improves what the policy writes today. On a poor script of the past the best answer is to start all
-            over; the best scripts of a whole run are better than any that an agent will have.
+            agent improves what the policy writes today. On a poor script of the past the best
+            answer is to start all over; the best scripts of a whole run are better than any that an
+            agent will have.
  6. [ours]  State = append-only log + snapshot. A decision (admitted, evicted) is made once, written
             to the log, and only then applied, so replaying the log gives the same state without
             asking for scores again.
@@ -315,7 +316,7 @@ class EvolvingBuffer:
         max_depth: deepest task admitted; a draft has depth 0.
         children_per_group: k, the most tasks that one group adds.
         frontier: `improve` tasks of a competition that stay, the newest; 0: no limit. One in flight
-            stays until a later group of its competition, and so do all that one group brings.
+            stays until a later group of its competition.
         headroom: a valid trace opens an `improve` task only while base_reward < 1 - headroom.
         enabled: False admits nothing: the ablation `--no-buffer`. Groups are logged all the same.
         crossover: also admit tasks with two parents.
@@ -425,8 +426,10 @@ class EvolvingBuffer:
         evicted = []
         if self.frontier:
             held = self._improve[group.task.competition_id]
-            new = sum(isinstance(entry, int) and group.traces[entry].valid for entry in admitted)
-            over = max(len(held) + new - self.frontier, 0)
+            new = [entry for entry in admitted
+                   if isinstance(entry, int) and group.traces[entry].valid]
+            admitted = [entry for entry in admitted if entry not in new[self.frontier:]]
+            over = max(len(held) + len(new) - self.frontier, 0)
             evicted = [name for name in held[:over] if name not in protected]
         room = self.capacity - len(self.tasks) + len(evicted)
         if len(admitted) > room:

@@ -392,8 +392,8 @@ def answer_to(operator: str, parent: Script | None, spec: bench.Spec, rate: floa
     """What AIDE asks a language model for. A draft is simple, "without ensembling or
     hyper-parameter optimization": one model with plain arguments. Improve changes one thing of its
     parent, as likely for the worse as for the better: a model's arguments by one place, a model
-    (against a plain one), the steps, or how many models there are. Debug drops the parent's mistakes. Each may make
-    mistakes of its own."""
+    (against a plain one), the steps, or how many models there are. Debug drops the parent's
+    mistakes. Each may make mistakes of its own."""
     answer = Script.draw(rng, spec, rate)
     if operator == "draft":
         return answer

@@ -298,11 +298,12 @@ def test_of_a_competition_the_newest_improve_tasks_stay():
     first = {"iris/improve/b"}
     assert buffer.add(Group(root, [trace(root, "e", 0.4)]), protected=first)[1] == []
     assert buffer.add(Group(root, [trace(root, "z")]))[1] == ["iris/improve/b"]
-    # What one group brings stays, even if it is more than that.
+    # One group brings no more than that: its best.
     three = [trace(root, name, base) for name, base in zip("fgh", (0.7, 0.6, 0.8))]
-    assert buffer.add(Group(root, three))[1] == ["iris/improve/d", "iris/improve/e"]
-    assert buffer.add(Group(root, [trace(root, "i", 0.1)]))[1] == [
-        "iris/improve/h", "iris/improve/f"]  # the best of a group was admitted first
+    admitted, evicted = buffer.add(Group(root, three))
+    assert [t.id for t in admitted] == ["iris/improve/h", "iris/improve/f"]
+    assert evicted == ["iris/improve/d", "iris/improve/e"]
+    assert buffer.add(Group(root, [trace(root, "i", 0.1)]))[1] == ["iris/improve/h"]  # came first
 
 
 def test_no_frontier_keeps_all():
@@ -521,7 +522,7 @@ def test_properties_of_any_history(tmp_path_factory, steps, capacity, k, stop, c
                    for t in buffer.tasks.values())
         improve = [t for t in buffer.tasks.values() if t.operator == "improve"
                    and t.competition_id == task.competition_id and t.id not in protected]
-        assert not frontier or len(improve) <= max(frontier, k)
+        assert not frontier or len(improve) <= frontier
         if number == stop:
             saved = json.loads(json.dumps(buffer.state_dict()))
     final = snapshot(buffer)
