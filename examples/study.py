@@ -10,7 +10,7 @@ An arm is train.py with a part of the method switched off or exchanged. All arms
 of rollouts. Every trained policy, and the policy before reinforcement learning, is then evaluated
 as an agent by rollout.py: one engine start a policy, all competitions and evaluation seeds in it.
 
-    OUT/study.json           the settings; a later call must agree with them
+    OUT/study.json           the settings; a later call must agree with them once there are results
     OUT/<arm>-<seed>/        train.py's run directory, the evaluation's reports, and
                 result.json  all that the table needs of this run; once complete, it is skipped
     OUT/<arm>-<seed>.log     what train.py and rollout.py printed
@@ -50,9 +50,9 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from rollout import RATES  # noqa: E402
+from rollout import RATES, lock_record  # noqa: E402
 from sandbox import CompetitionError, load_competitions  # noqa: E402
-from train import Config, die_with_parent  # noqa: E402
+from train import Config, UserError, die_with_parent, parse_config  # noqa: E402
 
 
 class StudyError(Exception):
@@ -81,6 +81,8 @@ ARMS = {
 KEPT = ("competition_id seed valid medal score human_rank above_median first_draft_valid "
         "steps_to_first_valid").split()  # of a row of report.json
 PLACES = "model competitions heldout data_dir run_dir resume".split()  # of train.py's settings
+MANAGED = ("--preset --run-dir --seed --steps --model --keep-checkpoints --competitions --heldout "
+           "--eval-drafts --resume").split()  # flags of train.py that the study sets itself
 BEFORE = "before"  # the policy that all arms start from
 SPLITS = {"train": "training", "dev": "development", "heldout": "held-out"}
 
@@ -191,8 +193,18 @@ def rank_by_step(rows: list[dict], steps: int) -> dict[str, list[float]]:
 
 
 def read_result(folder: Path) -> dict | None:
-    path = folder / "result.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return read_json(folder / "result.json")
+
+
+def read_json(path: Path) -> dict | None:
+    """None where there is no such file. Raises StudyError when it does not hold what it should."""
+    try:
+        value = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise StudyError(f"{path} is damaged: remove it; the same command then makes it again")
+    return value or None
 
 
 def write_json(path: Path, value) -> None:
@@ -202,13 +214,13 @@ def write_json(path: Path, value) -> None:
 
 
 def competition_folder(args: argparse.Namespace, splits: list[str]) -> Path:
-    """A folder with a link to each competition of these splits."""
+    """A folder with a link to each competition of these splits, made anew: they may have moved."""
     folder = args.out / "competitions" / "+".join(splits)
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     for split in splits:
         for competition_id, path in args.ids[split].items():
-            if not (folder / competition_id).exists():
-                (folder / competition_id).symlink_to(path)
+            (folder / competition_id).symlink_to(path)
     return folder
 
 
@@ -325,6 +337,10 @@ def summarize(results: list[dict], splits: list[str], steps: int) -> list[dict]:
 
 def markdown(rows: list[dict], results: list[dict], args: argparse.Namespace) -> str:
     """The table, with what it was made from below it."""
+    def competitions(split):
+        return {r["competition_id"] for result in results
+                for r in result["evaluations"].get(split, [])}
+
     def show(value, scale=1.0, digits=3):
         if value is None:
             return "-"
@@ -353,8 +369,8 @@ def markdown(rows: list[dict], results: list[dict], args: argparse.Namespace) ->
             show(row["extra steps to first valid"], digits=2),
             show(row.get("no gradient"), 100, 1), show(row.get("minutes"), digits=1)]) + " |")
     seeds = sorted({r["seed"] for r in results if r["training"]})
-    counts = ", ".join(f"{len(args.ids[split])} {SPLITS[split]} competitions"
-                       for split in SPLITS if split in args.ids)
+    counts = ", ".join(f"{len(competitions(split))} {SPLITS[split]} competitions"
+                       for split in dict.fromkeys(row["split"] for row in rows))
     flags = f" {' '.join(args.train_flags)}" if args.train_flags else ""
     again = sum(bool(r["training"] and r["training"]["resumed"]) for r in results)
     lines += ["", f"Training seeds {', '.join(map(str, seeds))} (first scripts: "
@@ -441,10 +457,13 @@ def draw(rows: list[dict], out: Path) -> None:
 
 def report(args: argparse.Namespace, picture: bool) -> None:
     """table.md, and study.png, of the runs that are complete so far."""
-    results = [r for r in map(read_result, sorted(args.out.iterdir()))
+    names = [BEFORE] + [path.name for path in sorted(args.out.iterdir())
+                        if path.name.rpartition("-")[0] in ARMS]
+    results = [r for r in (read_result(args.out / name) for name in names)
                if r and all(s in r["evaluations"] for s in args.splits)]
     if any(r["training"] for r in results):
-        rows = summarize(results, args.splits, args.agent_steps)
+        splits = [s for s in SPLITS if any(s in r["evaluations"] for r in results)]
+        rows = summarize(results, splits, args.agent_steps)
         (args.out / "table.md").write_text(markdown(rows, results, args))
         if picture:
             draw(rows, args.out / "study.png")
@@ -462,7 +481,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--out", type=Path, default="runs/study", help="directory of the study")
     add("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="what is compared")
     add("--seeds", type=int, default=3, help="training seeds of each arm: 0, 1, ...")
-    add("--first-seed", type=int, default=0, help="where they begin; fresh seeds after tuning")
+    add("--first-seed", type=int, default=0,
+        help="where they begin. The table is of all seeds in --out: fresh ones, after tuning, take "
+             "another --out")
     add("--steps", type=int, default=Config.steps, help="learner steps of each run")
     add("--eval-seeds", type=int, default=20, help="agent runs on each competition")
     add("--agent-steps", type=int, default=20, help="scripts that an agent may try")
@@ -483,6 +504,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                         "parallel": 1}.items():
         if getattr(args, name) < least:
             raise StudyError(f"--{name.replace('_', '-')} must be at least {least}")
+    for word in (word.partition("=")[0] for word in args.train_flags):
+        if word in MANAGED:
+            raise StudyError(f"{word} after --: the study sets that itself")
+    parse_config(["--preset", "tiny", *args.train_flags])  # says what is wrong before hours are lost
     return args
 
 
@@ -495,9 +520,12 @@ def find_competitions(args: argparse.Namespace) -> dict[str, dict[str, Path]]:
     if args.dev:
         if unknown := set(args.dev) - set(ids["train"]):
             raise StudyError(f"--dev {min(unknown)}: no such competition in {args.competitions}")
-        ids["dev"] = {name: ids["train"].pop(name) for name in args.dev}
+        ids["dev"] = {name: ids["train"].pop(name) for name in sorted(set(args.dev))}
     if args.final:
-        ids["heldout"] = found(args.heldout)
+        if seen := set(found(args.competitions)) & set(heldout := found(args.heldout)):
+            raise StudyError(f"--heldout {args.heldout}: {min(seen)} is a competition of "
+                             f"{args.competitions}, so it is not held out")
+        ids["heldout"] = heldout
     return ids
 
 
@@ -508,14 +536,17 @@ def check_settings(args: argparse.Namespace) -> None:
                                                        "retries", "dev", "train_flags")}
     settings |= {"model": str(args.model), "competitions": str(args.competitions),
                  "model's weights": weights_digest(args.model)}
+    settings |= {f"{split} competitions": sorted(ids) for split, ids in args.ids.items()}
+    settings |= {f"arm {name}": list(ARMS[name].train + ARMS[name].agent) for name in args.arms}
     settings |= {f"default {name}": value for name, value in asdict(Config()).items()}
-    if path.exists():
-        for name, value in json.loads(path.read_text()).items():
-            if name in settings and settings[name] != value:
-                raise StudyError(f"{args.out} was begun with {name} {value!r}, not "
-                                 f"{settings[name]!r}: give another --out")
-    else:
-        write_json(path, settings | {"arms": {a: asdict(arm) for a, arm in ARMS.items()}})
+    begun = read_json(path) or {}
+    if not any(args.out.glob("*/result.json")):  # nothing has come of it yet
+        begun = {}
+    for name, value in settings.items():
+        if begun.get(name, value) != value:
+            raise StudyError(f"{args.out} was begun with {name} {begun[name]!r}, not {value!r}: "
+                             "give another --out")
+    write_json(path, begun | settings)
 
 
 def weights_digest(model: Path) -> str:
@@ -537,8 +568,8 @@ def main(argv: list[str] | None = None) -> int:
         args = parse(argv)
         args.ids = find_competitions(args)
         args.splits = list(args.ids)
-        args.out.mkdir(parents=True, exist_ok=True)
         args.out = args.out.resolve()
+        lock = lock_record(args.out)  # noqa: F841  held until the end
         check_settings(args)
         # Seed by seed, so that what there is can be compared at any time, and a machine that
         # becomes slower does so for all arms.
@@ -552,7 +583,7 @@ def main(argv: list[str] | None = None) -> int:
         print((args.out / "table.md").read_text())
         print(f"{args.out}/table.md, study.png")
         return 0
-    except (StudyError, CompetitionError) as error:
+    except (StudyError, CompetitionError, UserError, OSError) as error:
         print(f"study.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -6,6 +6,7 @@
 import dataclasses
 import doctest
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +62,7 @@ class Programs:
 
     def checkpoint(self, run, step, epoch):
         folder = run / f"checkpoints/step_{step}"
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / "curriculum.json").write_text(json.dumps({"epoch": epoch}))
         (folder / "DONE").touch()
 
@@ -182,9 +183,84 @@ def test_runs_made_before_and_after_a_default_changed_are_not_mixed(folders, tmp
     assert "default gap_penalty 0.5, not 0.9" in capsys.readouterr().err
 
 
+def test_other_competitions_under_the_same_name_are_not_mixed(folders, tmp_path, programs, capsys):
+    study.main(arguments(folders, tmp_path, "--final"))
+    other = tmp_path / "other"
+    make_competition(other)
+    capsys.readouterr()
+    assert study.main(arguments(folders, tmp_path, "--final", "--heldout", str(other))) == 2
+    assert "heldout competitions ['loom-breaks'], not" in capsys.readouterr().err
+
+
+def test_a_competition_that_is_trained_on_is_not_held_out(folders, tmp_path, programs, capsys):
+    assert study.main(arguments(folders, tmp_path, "--final", "--heldout",
+                                str(folders / "train"))) == 2
+    assert "hive-swarms is a competition of" in capsys.readouterr().err
+
+
+def test_settings_bind_once_there_is_a_result(folders, tmp_path, programs, capsys, monkeypatch):
+    def broken(*_):
+        raise study.StudyError("rollout.py ended with status 2")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(study, "call", broken)
+        assert study.main(arguments(folders, tmp_path, "--eval-seeds", "3")) == 2
+    assert study.main(arguments(folders, tmp_path)) == 0
+    monkeypatch.setitem(study.ARMS, "no-buffer", study.Arm("another", ("--frontier", "64")))
+    assert study.main(arguments(folders, tmp_path)) == 2
+    assert "arm no-buffer ['--no-buffer'], not ['--frontier', '64']" in capsys.readouterr().err
+
+
+def test_two_studies_do_not_share_a_directory(folders, tmp_path, programs, capsys):
+    with study.lock_record(tmp_path):
+        assert study.main(arguments(folders, tmp_path)) == 2
+    assert "another program is writing to it" in capsys.readouterr().err and not programs.calls
+
+
+def test_a_plain_call_keeps_the_held_out_rows_and_a_copy_is_no_seed(folders, tmp_path, programs):
+    study.main(arguments(folders, tmp_path, "--final"))
+    shutil.copytree(tmp_path / "full-0", tmp_path / "copy-full-0")
+    study.main(arguments(folders, tmp_path))
+    table = (tmp_path / "table.md").read_text()
+    assert "| held-out | full method | 2 |" in table and "| training | full method | 2 |" in table
+    assert "3 training competitions, 1 held-out competitions" in table
+
+
+def test_links_to_competitions_that_moved_are_made_anew(folders, tmp_path, programs):
+    link = tmp_path / "competitions/train/rail-wear"
+    link.parent.mkdir(parents=True)
+    link.symlink_to("/nowhere")
+    assert study.main(arguments(folders, tmp_path)) == 0
+    assert link.resolve() == (folders / "train/rail-wear").resolve()
+
+
+@pytest.mark.parametrize("name, text", [("full-0/result.json", '{"arm": "full", "se'),
+                                        ("full-0/result.json", "[1]"), ("study.json", "[1]")])
+def test_a_damaged_file_is_named(folders, tmp_path, programs, capsys, name, text):
+    study.main(arguments(folders, tmp_path))
+    (tmp_path / name).write_text(text)
+    capsys.readouterr()
+    assert study.main(arguments(folders, tmp_path)) == 2
+    error = capsys.readouterr().err.splitlines()[-1]  # a progress bar may stand before it
+    assert f"{name} is damaged: remove it" in error
+    (tmp_path / name).unlink()
+    assert study.main(arguments(folders, tmp_path)) == 0
+
+
+@pytest.mark.parametrize("flags", [["--seed", "7"], ["--competitions=x"], ["--steps", "a"],
+                                   ["--grups", "4"]])
+def test_flags_for_training_are_checked_before_anything_runs(folders, tmp_path, programs, flags):
+    try:
+        status = study.main(arguments(folders, tmp_path, "--", *flags))
+    except SystemExit as error:  # argparse's
+        status = error.code
+    assert status == 2 and not programs.calls
+
+
 @pytest.mark.parametrize("more, words", [
     (["--dev", "titanic"], "--dev titanic"), (["--seeds", "0"], "--seeds"),
-    (["--competitions", "/nowhere"], "/nowhere")])
+    (["--competitions", "/nowhere"], "/nowhere"), (["--out", "/proc/study"], "/proc/study"),
+    (["--out", __file__], "test_study.py")])
 def test_bad_arguments_are_one_line_and_status_2(folders, tmp_path, capsys, more, words):
     assert study.main(arguments(folders, tmp_path, *more)) == 2
     error = capsys.readouterr().err.strip()
