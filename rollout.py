@@ -886,7 +886,7 @@ class AgentConfig:
     steps: int = 20  # scripts that one run may try
     drafts: int = 3  # drafts before anything else
     debug_probability: float = 0.5  # of mending a failure rather than improving the best
-    debug_depth: int = 3  # longest chain of debug steps
+    debug_depth: int = 3  # a script that more debug steps in a row led to is not mended again
     hours: float = 24.0  # wall-clock of one run, waiting included; 24 is MLE-bench's advice
     crossover_probability: float = 0.0  # of combining the two best rather than improving the best
     retries: int = 0  # more answers asked for while they repeat a script that was tried [ours]
@@ -912,7 +912,8 @@ class AgentRun:
         """Take up the record in `folder`, which is made when there is none; a torn line is cut.
 
         Raises:
-            CompetitionError: a line that is no step; one line that names the file.
+            CompetitionError: a line that is no step of this agent, or the submission is gone; one
+                line that names the file.
         """
         run = cls(competition, seed, folder=folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -926,11 +927,20 @@ class AgentRun:
                 row = json.loads(line)
                 run.designs.append(row.pop("design"))
                 run.hours += row.pop("hours")
-                run.traces.append(Trace.from_json(row))
+                trace = Trace.from_json(row)
+                if trace.id != f"{competition.id}/{seed}/{number - 1}":  # one is lost or doubled
+                    raise ValueError(f"it is {trace.id}")
+                for value in (run.hours, trace.score, trace.validation_score, trace.human_rank):
+                    if value is not None and not math.isfinite(value):
+                        raise ValueError(f"{value} is no number")
+                run.traces.append(trace)
             except (ValueError, TypeError, KeyError, AttributeError) as error:
                 raise CompetitionError(
-                    f"{log}, line {number} is no step ({type(error).__name__}: {error}): remove "
-                    f"{folder} to run this agent again") from None
+                    f"{log}, line {number} is no step of this agent ({type(error).__name__}: "
+                    f"{error}): remove {folder} to run it again") from None
+        if run.submission and not run.submission.exists():
+            raise CompetitionError(f"{run.submission} is gone, which the agent hands in: remove "
+                                   f"{folder} to run it again")
         return run
 
     def add(self, trace: Trace, design: str, hours: float, submission: bytes | None) -> None:
@@ -1170,7 +1180,7 @@ def lock_record(folder: Path):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return lock
     except BlockingIOError:
-        raise CompetitionError(f"{folder}: another evaluation is writing to it; wait for its end, "
+        raise CompetitionError(f"{folder}: another program is writing to it; wait for its end, "
                                "or give another --out") from None
     except OSError as error:
         raise CompetitionError(f"--out: {error}") from None
@@ -1320,7 +1330,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--drafts", type=int, default=3, help="drafts before anything else")
     add("--debug-probability", type=float, default=0.5,
         help="probability of mending a failure rather than improving the best")
-    add("--debug-depth", type=int, default=3, help="longest chain of debug steps")
+    add("--debug-depth", type=int, default=3,
+        help="a script that more debug steps in a row than this led to is not mended again")
     add("--crossover-probability", type=float, default=0.0,
         help="probability of combining the two best rather than improving the best")
     add("--retries", type=int, default=0, help="answers asked for again, a step, while they repeat "

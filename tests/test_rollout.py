@@ -4,6 +4,7 @@ import dataclasses
 import doctest
 import gzip
 import json
+import math
 import os
 import re
 import signal
@@ -780,7 +781,7 @@ def test_broken_records_are_one_line_and_status_2(tmp_path, monkeypatch, capsys)
     assert "is a directory" in said("policy")
     (tmp_path / "report-runs").mkdir()
     with rollout.lock_record(tmp_path / "report-runs"):
-        assert "another evaluation is writing to it" in said()
+        assert "another program is writing to it" in said()
     for text in ("{", "[1]"):
         (tmp_path / "report-runs/settings.json").write_text(text)
         assert "settings.json cannot be read" in said()
@@ -832,6 +833,25 @@ def test_a_line_that_is_no_step_names_the_file(line, competition, tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("change, words", [
+    (lambda rows: rows[1:], "it is toy/0/1"), (lambda rows: rows[:1] + rows, "it is toy/0/0"),
+    (lambda rows: [rows[0] | {"hours": math.nan}], "nan is no number"),
+    (lambda rows: [rows[0] | {"score": "0.7"}], "TypeError"),
+    (lambda rows: rows, "step_1.csv is gone")])
+def test_a_record_that_is_not_whole_is_refused(change, words, competition, tmp_path):
+    run = AgentRun.load(competition, 0, tmp_path)
+    run.add(Trace("toy/0/0", "", "toy", "draft", code="x", code_key="x", valid=True, score=0.7,
+                  validation_score=0.7), "", 0.1, b"id,target")
+    run.add(Trace("toy/0/1", "", "toy", "draft", code="y", code_key="y"), "", 0.1, None)
+    assert len(AgentRun.load(competition, 0, tmp_path).traces) == 2
+    log = tmp_path / "steps.jsonl"
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    log.write_text("".join(json.dumps(row) + "\n" for row in change(rows)))
+    (tmp_path / "step_1.csv").unlink()
+    with pytest.raises(CompetitionError, match=words):
+        AgentRun.load(competition, 0, tmp_path)
+
+
 def test_each_slot_has_a_gpu_of_its_own_and_no_isolation_is_status_3(tmp_path, monkeypatch, capsys):
     given = {}
 
@@ -879,6 +899,7 @@ def test_every_value_of_the_papers_setting_says_whose_it_is(file, known):
 
 def test_the_papers_setting_is_what_the_paper_says():
     path = str(Path(rollout.__file__).parent / "examples/ace30b_lite.yaml")
+    assert train.parse_config(["--config", path])[0] == train.parse_config(["--preset", "ace30b"])[0]
     config = train.parse_config(["--config", path, "--seed", "3"])[0]
     train.validate(config, 32)
     assert (config.model, config.steps, config.heldout) == ("Qwen/Qwen3-30B-A3B", 400, "lite")
