@@ -303,6 +303,7 @@ class Change(NamedTuple):
     evicted: list[str]
 
 
+RECORD = {"sequence", "epoch", "task", "traces", "admitted", "merged", "evicted"}  # of a group
 COUNTERS = ("groups", "traces", "valid", "medals", "reward", "admitted", "merged", "evicted")
 RATES = {"valid_rate": "valid", "medal_rate": "medals", "reward_mean": "reward"}  # a trace
 
@@ -324,7 +325,8 @@ class EvolvingBuffer:
             before the first `add`.
 
     Raises:
-        ValueError: no or repeated competitions, or a capacity that does not hold the roots.
+        ValueError: no or repeated competitions, a capacity that does not hold the roots, or a
+            negative limit.
     """
 
     def __init__(self, competition_ids: Iterable[str], capacity: int = 4096, max_depth: int = 16,
@@ -339,6 +341,9 @@ class EvolvingBuffer:
         if capacity < len(self.competition_ids):
             raise ValueError(f"capacity {capacity} is below the number of competitions "
                              f"({len(self.competition_ids)}): the roots never leave")
+        if min(max_depth, children_per_group, frontier) < 0:
+            raise ValueError(f"below 0: max_depth {max_depth}, children_per_group "
+                             f"{children_per_group} or frontier {frontier}")
         self.capacity = capacity
         self.max_depth = max_depth
         self.children_per_group = children_per_group
@@ -438,7 +443,7 @@ class EvolvingBuffer:
             # Scoring every task is what costs: a large buffer makes room for some groups at once.
             count = max(len(admitted) - room, self.capacity // 64)
             lowest = heapq.nsmallest(count, evictable, key=score) if score else evictable[:count]
-            admitted, evicted = admitted[:room + len(lowest)], evicted + lowest
+            admitted, evicted = admitted[:max(room + len(lowest), 0)], evicted + lowest
 
         return {
             "sequence": self.sequence + 1,
@@ -664,8 +669,11 @@ class EvolvingBuffer:
 
 def _parse(line: bytes, path) -> dict[str, Any]:
     try:
-        return json.loads(line)
-    except ValueError as error:
+        record = json.loads(line)
+        if {"sequence", "removed"} <= record.keys() or RECORD <= record.keys():
+            return record
+        raise ValueError("no record of a change")
+    except (ValueError, AttributeError) as error:  # AttributeError: not an object
         raise ValueError(f"{path}: damaged line {line[:60]!r}... ({error})") from None
 
 

@@ -47,6 +47,7 @@ refused again and again; the probabilities are then computed in full, which is c
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Sequence
 from typing import Any
@@ -117,7 +118,8 @@ class AdaptiveSampler:
 
     Args:
         kind: the potential, see `learnability_potential`.
-        tau: temperature > 0; below 1 the highest potentials are preferred more strongly.
+        tau: temperature, at least 0.05 (LP^(1/tau) has to fit a float32); below 1 the highest
+            potentials are preferred more strongly.
         epsilon: share of the draws that go by U, in [0, 1].
         decay: weight of a group's rewards once the task's next group has arrived, in [0, 1).
         cooldown: draws until a visited task is fully back.
@@ -133,9 +135,11 @@ class AdaptiveSampler:
                  balance_operators: bool = True, seed: int = 0,
                  operators: Sequence[str] = OPERATORS):
         learnability_potential(0.0, 0.0, kind)  # refuses an unknown kind
-        if tau <= 0 or not 0 <= epsilon <= 1 or not 0 <= decay < 1 or cooldown < 0:
-            raise ValueError(f"out of range: tau {tau} > 0, epsilon {epsilon} in [0, 1], "
-                             f"decay {decay} in [0, 1), cooldown {cooldown} >= 0")
+        if not (tau >= 0.05 and 0 <= epsilon <= 1 and 0 <= decay < 1 and cooldown >= 0
+                and prior_strength >= 0):
+            raise ValueError(
+                f"out of range: tau {tau} >= 0.05, epsilon {epsilon} in [0, 1], decay {decay} in "
+                f"[0, 1), cooldown {cooldown} >= 0, prior_strength {prior_strength} >= 0")
         if kind == "uniform":  # the ablation: nothing adapts, every task of the buffer alike
             epsilon, cooldown, balance_operators = 0.0, 0, False
         self.kind, self.tau, self.epsilon, self.decay = kind, tau, epsilon, decay
@@ -179,13 +183,17 @@ class AdaptiveSampler:
             prior_rewards: of the group that the task's parent trace is from; None for a root.
             parent_reward: base reward of the parent trace; None: the best of `prior_rewards`.
 
-        Raises ValueError for an id that is there already, or an unknown operator.
+        Raises ValueError for an id that is there already, an unknown operator, or a reward that is
+        not finite.
         """
         if task_id in self:
             raise ValueError(f"task {task_id!r} is in the sampler already")
         if operator not in self.operators:
             raise ValueError(f"unknown operator {operator!r}; know {', '.join(self.operators)}")
         mean, std = self.prior(competition_id, operator, prior_rewards, parent_reward)
+        if not math.isfinite(mean + std):
+            raise ValueError(f"the prior of {task_id} has to be of finite numbers: {prior_rewards}, "
+                             f"{parent_reward}")
         if competition_id not in self.competitions:
             self.competitions.append(competition_id)
             self.levels.append(list(FIRST_LEVEL))

@@ -1,6 +1,6 @@
 """Train an agent that does machine-learning engineering: AceGRPO, asynchronously.
 
-    python train.py                                   # one CPU or one GPU: everything on it
+    python train.py                                   # one CPU: everything on it
     torchrun --nproc_per_node=8 train.py              # half the ranks learn, half roll out
     python train.py --resume runs/tiny-...            # go on from the last complete checkpoint
     python train.py --preset small --dry-run          # what it would do and need, without doing it
@@ -206,7 +206,8 @@ SMALL = dict(
     token_budget=32768, learner_dtype="bfloat16", activation_checkpointing=True,
     engine_dtype="bfloat16", max_model_len=24576, max_response_tokens=8192, max_num_seqs=128,
     kv_cache_gib=0.0, logprob_gap_limit=0.1, description_chars=12000, preview_chars=6000,
-    output_chars=4000, timeout=3600.0, cpu_seconds=14400.0, memory_mb=32768)
+    output_chars=4000, timeout=3600.0, cpu_seconds=14400.0, memory_mb=32768, disk_mb=16384,
+    gap_penalty=0.0)
 PRESETS = {
     "tiny": {},  # the defaults above: a 2M-parameter policy on two CPU cores
     "small": SMALL,
@@ -298,6 +299,9 @@ def refuse_to_change(base: dict, given: dict) -> None:
     if Path(new["run_dir"]).resolve() != Path(run_dir).resolve():
         raise UserError(f"--run-dir {new['run_dir']}: --resume goes on in {run_dir}; give one of "
                         "the two")
+    if new["buffer"] != base["buffer"]:
+        raise UserError(f"--{'' if new['buffer'] else 'no-'}buffer: --resume {run_dir} began "
+                        f"with{'' if base['buffer'] else 'out'} the buffer and goes on so")
     if new["groups"] != base["groups"]:
         raise UserError(f"--groups {new['groups']}: --resume {run_dir} began with {base['groups']} "
                         "groups a step and must keep them")
@@ -314,12 +318,13 @@ BOUNDS = (
      "rollout_threads sandbox_slots learner_threads engine_threads capacity children token_budget "
      "max_model_len max_response_tokens max_num_seqs memory_mb disk_mb"),
     (lambda x: x > 0, "greater than 0",
-     "collective_timeout temperature tau learning_rate max_grad_norm logprob_gap_limit timeout "
+     "collective_timeout temperature learning_rate max_grad_norm logprob_gap_limit timeout "
      "cpu_seconds"),
     (lambda x: x >= 0, "at least 0",
      "seed eval_drafts max_staleness watchdog clip_low clip_high tis_cap kl_coef entropy_coef "
      "gap_penalty max_depth frontier epsilon warmup_steps kv_cache_gib description_chars "
      "preview_chars output_chars sandbox_delay reuse_mb"),
+    (lambda x: x >= 0.05, "at least 0.05", "tau"),
 )
 MOST = {int: 2**32, float: 2e6}
 
@@ -656,9 +661,12 @@ class Curriculum:
         is abandoned."""
         with self.changed:
             for change in self.buffer.replay():
-                if change.rewards.size:  # none: a task was removed
+                if change.rewards.size:  # none: a task whose prompt was too long was removed
                     self.sampler.update(change.task_id, change.rewards, change.failed)
                     self.epoch = max(self.epoch, change.epoch)
+                else:
+                    self.skipped += 1
+                    self.sampler.release(change.task_id)
                 self.follow(change.rewards, change.admitted, change.evicted)
                 # What was in flight and has not come back keeps its old place in the staleness
                 # rule; the place of what came back is free.

@@ -437,9 +437,24 @@ def test_a_damaged_line_a_gap_and_a_log_not_replayed_are_errors(tmp_path, root):
     path.write_bytes(first + third)
     with pytest.raises(ValueError, match="change 3 follows 1"):
         logged(tmp_path).replay()
-    path.write_bytes(first + second[:50] + b"\n" + third)
-    with pytest.raises(ValueError, match="damaged line"):
-        logged(tmp_path).replay()
+    for damaged in (second[:50], b"[1]", b'{"sequence":2}'):
+        path.write_bytes(first + damaged + b"\n" + third)
+        for _ in range(2):  # nothing of it counts as applied
+            with pytest.raises(ValueError, match="damaged line"):
+                (again := logged(tmp_path)).replay()
+            assert again.sequence == 1
+
+
+def test_a_snapshot_in_a_smaller_buffer_admits_nothing_while_it_is_too_full(root):
+    def group(keys):
+        return Group(root, [trace(root, key, base=0.1 + 0.03 * i) for i, key in enumerate(keys)])
+
+    buffer = EvolvingBuffer(["iris"], frontier=0, children_per_group=9)
+    buffer.add(group("abcdefghi"))
+    small = EvolvingBuffer(["iris"], frontier=0, children_per_group=9, capacity=5)
+    small.load_state_dict(buffer.state_dict())
+    admitted, evicted = small.add(group("klmnopq"), protected=list(small.tasks)[:8])
+    assert not admitted and len(evicted) == 2 and len(small) == 8
 
 
 def test_a_full_disk_leaves_buffer_and_log_as_they_were(tmp_path, root):

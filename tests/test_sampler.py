@@ -340,7 +340,11 @@ def test_unknown_ids_are_errors_and_groups_of_removed_tasks_are_counted():
     (lambda s: s.add("x", "a", "mutate"), "unknown operator"),
     (lambda s: s.update("a/draft", []), "finite"),
     (lambda s: s.update("a/draft", [0.0, float("nan")]), "finite"),
-    (lambda s: AdaptiveSampler(tau=0), "out of range"),
+    (lambda s: AdaptiveSampler(tau=0.01), "out of range"),
+    (lambda s: AdaptiveSampler(tau=float("nan")), "out of range"),
+    (lambda s: AdaptiveSampler(prior_strength=-1), "out of range"),
+    (lambda s: s.add("x", "a", "improve", [0.0, float("nan")]), "finite"),
+    (lambda s: s.add("x", "a", "improve", [0.0, 1.0], float("nan")), "finite"),
     (lambda s: s.load_state_dict(AdaptiveSampler(operators=("draft",)).state_dict()), "operators")])
 def test_bad_arguments(call, message):
     sampler = roots("a")

@@ -18,7 +18,7 @@ from fakes import FakeEngine, FakeLearner, FakePrompter, FakeSandbox, write_worl
 
 import train
 from buffer import EvolvingBuffer, Group, Task, Trace
-from rollout import Request, RolloutConfig, RolloutWorker, rollout
+from rollout import Request, Result, RolloutConfig, RolloutWorker, rollout
 from sampler import AdaptiveSampler
 from train import Config, Curriculum, UserError, batch_metrics, make_batch, parse_config
 
@@ -285,6 +285,21 @@ def test_replay_brings_the_sampler_along(tmp_path):
         live.sampler.statistics(t) for t in tasks]
 
 
+def test_replay_counts_a_task_that_was_taken_out(tmp_path):
+    """Its prompt was too long; it was in flight at the checkpoint."""
+    config = make_config(max_staleness=0, steps=6)
+    _, live = run_async(config, threads=1, tmp_path=tmp_path)
+    task = next(task for task in live.buffer.tasks.values() if task.depth)
+    live.in_flight[task.id] = live.sampler.in_flight[task.id] = 0
+    state = json.loads(json.dumps({"epoch": 0, **live.state_dict()}))
+    live.receive(Result(Request(task, config.responses, 0, 0), None))
+    resumed = make_curriculum(config, tmp_path)
+    resumed.load_state_dict(state)
+    resumed.replay()
+    assert resumed.skipped == live.skipped == 1
+    assert resumed.sampler.state_dict() == live.sampler.state_dict()
+
+
 def test_in_flight_tasks_are_handed_out_again():
     config = make_config()
     curriculum = make_curriculum(config)
@@ -466,7 +481,8 @@ def test_what_a_resumed_run_must_keep(tmp_path, monkeypatch):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.json").write_text('{"groups": 4, "max_staleness": 2, "timeout": 7}')
     resume = ["--resume", "run"]
-    for flags in (["--groups", "3"], ["--max-staleness", "1"], ["--run-dir", "other"]):
+    for flags in (["--groups", "3"], ["--max-staleness", "1"], ["--run-dir", "other"],
+                  ["--no-buffer"]):
         with pytest.raises(UserError, match=" ".join(flags)):
             parse_config(resume + flags)
     config, _ = parse_config(resume + ["--groups", "4", "--max-staleness", "3", "--steps", "9",
