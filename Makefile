@@ -3,6 +3,7 @@
 #   make train   set up, prepare the tiny policy and the mini competitions, train, plot
 #   make test    set up, run the tests that CI runs
 #   make study   the ablations, hours on two cores; again to go on; STUDY=--final for held-out data
+#   make clean   remove what these made, except for runs/
 
 PYTHON ?= python3.11
 VENV := .venv
@@ -55,4 +56,4 @@ test-long: setup
 	$(BIN)/python -m pytest -q -rs --durations=20
 
 clean:
-	rm -rf $(VENV) data runs build .pytest_cache .hypothesis
+	rm -rf $(VENV) data build .pytest_cache .hypothesis
