@@ -179,7 +179,8 @@ def policy_loss(
 
     - `grpo`, `dr_grpo`, `dapo`: -min(rho_t A, clip(rho_t, 1 - clip_low, 1 + clip_high) A); they
       differ in the denominator (`loss_denominator`), and `dapo`'s clip-higher is clip_high.
-    - `gspo`: the same with one ratio a sequence, exp(mean_t log rho_t).
+    - `gspo`: the same with one ratio a sequence, exp(mean_t log rho_t). It moves little, so that
+      its source clips at 3e-4 and 4e-4.
     - `cispo`: -stop_gradient(min(rho_t, 1 + clip_high)) A log pi: the weight is clipped, no
       token loses its gradient. As in its source there is no lower clip: clip_low is not used.
 
@@ -190,7 +191,8 @@ def policy_loss(
         mask: (N, T) true at response tokens, the sampled stop token included.
         clip_low, clip_high: how far the ratio may move below and above 1.
         tis_cap: largest weight min(pi_proximal / pi_behaviour, tis_cap) of a token (of a
-            sequence for `gspo`: of its geometric mean); None leaves the weight untruncated.
+            sequence for `gspo`: of its geometric mean); None leaves the weight untruncated. With
+            one step a batch the ratio to the proximal policy is 1: then nothing is clipped.
         proximal_logprobs: (N, T) of the trainer at the start of the step; None means that the
             ratio to the behaviour policy already is the whole correction.
         denominator: global count of `loss_denominator`; computed from this mask by default.
@@ -266,7 +268,8 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k3") -> Ten
     """Per-token estimates of KL(pi || pi_ref) for tokens that pi sampled.
 
     With d = log pi - log pi_ref: `k1` d, unbiased, of either sign; `k2` d^2 / 2, biased, and its
-    gradient is that of the KL; `k3` exp(-d) - 1 + d, unbiased and never negative.
+    gradient is that of the KL; `k3` exp(-d) - 1 + d, unbiased and never negative, and its gradient
+    is that of KL(pi_ref || pi).
 
     Args:
         logprobs, ref_logprobs: (N, T) log-probabilities of the same tokens.
@@ -345,8 +348,8 @@ def chunked_token_logprobs(
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """The recomputation is written out, because autograd's checkpoint of each chunk would add a
-    fresh (V, H) weight gradient a chunk, where one buffer is enough.
+    """The recomputation is written out, because autograd's checkpoint of each chunk would keep a
+    (V, H) weight gradient a chunk, where two buffers are enough for any number of chunks.
 
         d logp_y / d z_j = 1[j = y] - p_j        d entropy / d z_j = -p_j (log p_j + entropy)
     """

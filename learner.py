@@ -300,6 +300,8 @@ def block_causal_attention(
     if softcap is not None or s_aux is not None:
         raise NotImplementedError(f"{type(module).__name__} needs soft-capped logits or attention "
                                   "sinks, which block-causal attention does not compute")
+    if query.is_cuda and torch.is_autocast_enabled("cuda"):  # a norm or RoPE has ended in float32
+        query, key, value = (x.to(torch.get_autocast_dtype("cuda")) for x in (query, key, value))
     half = query.dtype in (torch.bfloat16, torch.float16)
     if query.is_meta or (query.is_cuda and half):
         return _varlen_attention(query, key, value, segments, scaling, sliding_window), None
@@ -717,6 +719,12 @@ class Learner:
         batch = MicroBatch.build([probe], self.device)
         return self._forward(self.policy, batch, temperature).float().cpu().numpy()
 
+    @torch.no_grad()
+    def scale(self, factor: float) -> None:
+        """Multiply every weight by a power of two: exact, and so is the way back."""
+        for parameter in self.policy.parameters():
+            parameter.mul_(factor)
+
     # -------------------------------------------------------------------------- publication
 
     def publish(self, directory: str | os.PathLike) -> None:
@@ -765,7 +773,7 @@ class Learner:
                 yield self._published(pending)
                 pending, size = {}, 0
             if isinstance(tensor, DTensor):
-                tensor = tensor.full_tensor()
+                tensor = tensor.to(self.publish_dtype).full_tensor()
             size += tensor.numel() * self.publish_dtype.itemsize
             if self.rank == 0:
                 pending[name] = tensor.to("cpu", self.publish_dtype, copy=True)
@@ -790,7 +798,7 @@ class Learner:
 
     def load(self, directory: str | os.PathLike) -> None:
         """Go on from a checkpoint of `save`; further steps are bit-identical at the same number
-        of ranks. A rank that the checkpoint does not know keeps its RNG. Collective. Raises OSError
+        of ranks on CPUs (on GPUs, atomic additions have no fixed order). A rank that the checkpoint does not know keeps its RNG. Collective. Raises OSError
         when it is damaged or of another model."""
         with warnings.catch_warnings(), errors_as_os_error(f"{directory} cannot be loaded"):
             state = self._state()
@@ -824,6 +832,8 @@ def errors_as_os_error(what: str) -> Iterator[None]:
     their own, among them one (CheckpointException) that is no Exception."""
     try:
         yield
+    except (torch.OutOfMemoryError, dist.DistError):
+        raise  # of the devices and the ranks, not of a file
     except (OSError, dcp.api.CheckpointException, SafetensorError, pickle.UnpicklingError, EOFError,
             RuntimeError) as error:
         failures = getattr(error, "failures", None)  # by rank: (exception, traceback)
@@ -922,7 +932,8 @@ def memory_plan(
         activations = one + width * len(layers)
     else:
         activations = one + (two - one) * (len(layers) - 1)
-    head = 4 * hf_config.vocab_size * (3 * 1024 + hf_config.hidden_size)
+    # Three chunks of logits; the gradient of the head, and what the next chunk adds to it.
+    head = 4 * hf_config.vocab_size * (3 * 1024 + 2 * hf_config.hidden_size)
     plan = {**states, "gathered": gathered, "activations": activations, "head": head}
     host = 4 * count
     if config.cpu_offload:

@@ -553,6 +553,7 @@ class Engine:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        os.environ.setdefault("VLLM_ENGINE_READY_TIMEOUT_S", "3600")  # to load and compile
         # vLLM's core and its worker wait for each other by spinning. With 0 a single rank on a CPU
         # has both in one process, still apart from this one, and leaves the cores to the scripts.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -569,7 +570,9 @@ class Engine:
             max_num_batched_tokens=max(2048, config.max_model_len),
             tensor_parallel_size=config.tensor_parallel_size,
             enforce_eager=config.enforce_eager,
-            gpu_memory_utilization=config.gpu_memory_utilization,
+            # vLLM refuses to start where less than this is free, even if the cache has a size.
+            gpu_memory_utilization=(0.01 if config.kv_cache_gib
+                                    else config.gpu_memory_utilization),
             kv_cache_memory_bytes=(int(config.kv_cache_gib * 2**30)
                                    if config.kv_cache_gib else None),
             # The CPU kernel's tiles: vLLM's own 128 takes 1.2 to 1.4 times as long at 300 tokens.
@@ -664,6 +667,9 @@ class Engine:
         params = SamplingParams(max_tokens=1, temperature=1.0, prompt_logprobs=0)
         output = self._wait(self._while_alive(self._request(token_ids, params)))
         rows = output.prompt_logprobs[1:]  # the first token has no prefix
+        if any(i not in row for row, i in zip(rows, token_ids[1:])):
+            raise RuntimeError("vLLM has scored other tokens than it was given; try "
+                               "VLLM_USE_V2_MODEL_RUNNER=0")
         return np.array([row[i].logprob for row, i in zip(rows, token_ids[1:])], np.float32)
 
     def load(self, directory: str | Path, version: int) -> None:

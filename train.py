@@ -137,11 +137,13 @@ class Config:
     distinct: bool = opt(True, "equal scripts of a group count as one in its advantages, which "
                                "keeps exploration alive")
     loss: str = opt("dr_grpo", "policy loss", choices=["grpo", "dr_grpo", "dapo", "gspo", "cispo"])
-    clip_low: float = opt(0.2, "the ratio is clipped below at 1 - this")
+    clip_low: float = opt(0.2, "the ratio is clipped below at 1 - this; gspo, whose ratio is a "
+                               "geometric mean, wants 3e-4, and 4e-4 above")
     clip_high: float = opt(0.28, "the ratio is clipped above at 1 + this; more than clip-low keeps "
                                  "exploration alive")
-    tis_cap: float = opt(0.0, "cap of truncated importance sampling; 0: off (the ratio to the "
-                              "behaviour policy corrects already)")
+    tis_cap: float = opt(0.0, "cap of truncated importance sampling; 0: off. The ratio to the "
+                              "behaviour policy corrects already; with a cap, weights are truncated "
+                              "instead, and nothing is clipped")
     kl_coef: float = opt(0.0, "weight of the KL divergence to the initial policy; 0: no reference")
     kl_kind: str = opt("k3", "estimator of that KL", choices=["k2", "k3"])
     entropy_coef: float = opt(0.002, "weight of the entropy bonus")
@@ -362,6 +364,9 @@ def validate(config: Config, world_size: int) -> None:
                         f"{rollout_ranks} rollout ranks")
     if config.cpu_offload and config.learner_ranks < 2:
         raise UserError("--cpu-offload is FSDP's: it needs at least two --learner-ranks")
+    if world_size == 1 and not config.kv_cache_gib:
+        raise UserError("--kv-cache-gib 0: in a single process the engine shares the learner's "
+                        "device; give the cache a size, or start torchrun with several ranks")
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise UserError("--tensorboard: the package is not installed; pip install tensorboard")
     if not config.run_dir:
@@ -1002,10 +1007,12 @@ def exit_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))
 
 
-def scratch_folder(name: str) -> Path:
-    """A folder in shared memory (else in the temporary folder), mode 700, removed by the guard."""
-    parent = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    return Path(tempfile.mkdtemp(prefix=f"acegrpo-{name}-", dir=parent))
+def scratch_folder(name: str, needed: float = 0) -> Path:
+    """A folder, mode 700, that the guard removes: in shared memory where that has room for `needed`
+    bytes (in containers it is often 64 MB), else in the temporary folder."""
+    shm = "/dev/shm"
+    roomy = os.access(shm, os.W_OK) and shutil.disk_usage(shm).free > needed
+    return Path(tempfile.mkdtemp(prefix=f"acegrpo-{name}-", dir=shm if roomy else None))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1017,7 +1024,8 @@ def rollout_main(config: Config, rank: int, address, key: bytes) -> None:
     from transformers import AutoTokenizer
 
     scratch = scratch_folder("rollout")
-    start_guard([scratch])
+    boxes = scratch_folder("sandbox", config.sandbox_slots * config.disk_mb * 2**20)
+    start_guard([scratch, boxes])
     connect = connect_queues(address, key)
     doing = {"now": lambda: "starts its engine"}
     threading.Thread(target=answer_watchdog, name="watchdog", daemon=True,
@@ -1031,7 +1039,7 @@ def rollout_main(config: Config, rank: int, address, key: bytes) -> None:
                       disk_mb=config.disk_mb, file_mb=config.disk_mb,
                       gpus=gpus_of_slots(config.sandbox_gpus, config.sandbox_slots,
                                          rank * config.sandbox_slots),
-                      unsafe=config.unsafe, scratch=str(scratch),
+                      unsafe=config.unsafe, scratch=str(boxes),
                       delay=config.sandbox_delay, attempts=2, reuse_mb=config.reuse_mb)
     if sandbox.problem:
         print(f"rollout rank {rank}: scripts cannot be isolated here: {sandbox.problem}; --unsafe "
@@ -1204,6 +1212,7 @@ class Run:
         config = self.config
         if config.watchdog:
             threading.Thread(target=self.watchdog, name="watchdog", daemon=True).start()
+        self.rehearse()
         self.publish()
         self.curriculum.start()
         if not self.evaluated:
@@ -1275,8 +1284,9 @@ class Run:
             "seconds_wait": waited - started, "seconds_learn": learnt - waited,
             "seconds_sync": synced - learnt, "seconds_step": time.monotonic() - started}
 
-    def publish(self) -> float:
-        """Give every engine the learner's weights, and check that it samples with them.
+    def publish(self, suffix: str = "") -> float:
+        """Give every engine the learner's weights, and check that it samples with them. The
+        directory that they travel in has the version's name, and the suffix.
 
         The check: each engine scores a fixed token sequence, the probe, and the learner compares
         with its own log-probabilities at that version. An engine that took over part of the weights
@@ -1290,7 +1300,7 @@ class Run:
             UserError: it is above --logprob-gap-limit.
         """
         version = self.learner.version
-        directory = self.scratch / f"v{version}"
+        directory = self.scratch / f"v{version}{suffix}"
         self.everyone("publish", directory)
         for rank in self.rollout_ranks:
             self.queues(f"weights/{rank}").put((str(directory), version, self.probe))
@@ -1312,6 +1322,17 @@ class Run:
                 f"{self.config.logprob_gap_limit}. The engine has not taken over all weights: this "
                 "vLLM cannot update this architecture in place")
         return gap
+
+    def rehearse(self) -> None:
+        """Publish a policy with all its weights halved, before anything is sampled.
+
+        Later versions differ little from the first one where the learning rate is small: an engine
+        that ignores updates, or takes over a part of the weights, could pass the check of `publish`
+        for hundreds of steps. It does not pass this one.
+        """
+        self.everyone("scale", 0.5)
+        self.publish("-halved")
+        self.everyone("scale", 2.0)
 
     def fail(self, error: BaseException) -> None:
         """Wake up whatever rank 0 waits for, from any thread."""
@@ -1541,7 +1562,7 @@ def join_world(config: Config) -> Place:
         die_with_parent()
         exit_on_sigterm()
         timeout = timedelta(seconds=config.collective_timeout)
-        store, _, _ = next(rendezvous("env://"))
+        store, _, _ = next(rendezvous("env://", timeout=timeout))
         if one_node:
             # torchrun keeps one store for all its restarts, full of the addresses of dead ranks
             # (pytorch #135712). Agents of several nodes count their restarts apart: there, start
@@ -1568,16 +1589,42 @@ def join_world(config: Config) -> Place:
     return Place(world, rank, local_rank, group, queues, *contact[0])
 
 
+def local_model(model: str) -> str:
+    """A model directory: the one that is named, or what the Hugging Face hub has under the name."""
+    if Path(model).is_dir():
+        return model
+    from huggingface_hub import snapshot_download
+
+    return snapshot_download(model, ignore_patterns=["*.bin", "*.pth", "*.pt", "*.gguf"])
+
+
+def visible_gpus(positions) -> str:
+    """CUDA_VISIBLE_DEVICES for these of the GPUs that this process sees.
+
+    >>> os.environ["CUDA_VISIBLE_DEVICES"] = "4,5,6,7"
+    >>> visible_gpus([2, 3])
+    '6,7'
+    >>> del os.environ["CUDA_VISIBLE_DEVICES"]
+    >>> visible_gpus([2, 3])
+    '2,3'
+    """
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    ids = seen.split(",") if seen else None
+    return ",".join(ids[position] if ids else str(position) for position in positions)
+
+
 def train(config: Config, resume: bool) -> None:
     """Play this process's role until the run is over."""
     import torch
     import torch.distributed as dist
 
+    # Before the ranks meet: whoever waits in a collective for a download runs into its timeout.
+    config = dataclasses.replace(config, model=local_model(config.model))
     place = join_world(config)
     if place.rank >= config.learner_ranks:
         if torch.cuda.is_available():
             gpus = range(place.local_rank, place.local_rank + config.tensor_parallel)
-            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
+            os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpus(gpus)
         if (place.rank - config.learner_ranks) % config.tensor_parallel == 0:
             rollout_main(config, place.rank, place.address, place.key)
         else:  # its GPU belongs to another rank's engine: wait for the end
@@ -1602,7 +1649,8 @@ def train(config: Config, resume: bool) -> None:
 
 def lead(config: Config, place: Place, learner, resume: bool) -> None:
     """Rank 0's role: the run itself, with a rollout process of its own where it is alone."""
-    scratch = scratch_folder("weights")
+    scratch = scratch_folder("weights", 1.1 * sum(
+        file.stat().st_size for file in Path(config.model).glob("*.safetensors")))
     start_guard([scratch])
     place.queues.queues["published"] = PublishedFiles(scratch)
     if place.world > 1:

@@ -141,6 +141,9 @@ class FakeLearner:
     def score(self, tokens, temperature=None):
         return np.zeros(len(tokens) - 1, np.float32)
 
+    def scale(self, factor):
+        self.meet()
+
     def publish(self, directory):
         self.meet()
         Path(directory).mkdir(exist_ok=True)

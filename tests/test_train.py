@@ -536,6 +536,53 @@ def test_an_engine_with_other_weights_stops_training(wrong, tmp_path):
         publish([np.array([-2.0, wrong]), np.array([-2.0, -2.0])], tmp_path)
 
 
+@pytest.mark.parametrize("follows", [True, False])
+def test_an_engine_that_ignores_updates_is_caught_before_the_first_step(follows, tmp_path):
+    """Its weights are right at first, and at a small learning rate nearly right for long."""
+    class Halved(PublishedLearner):
+        weights = published = 1.0
+
+        def scale(self, factor):
+            self.weights *= factor
+
+        def publish(self, directory):
+            directory.mkdir()
+            self.published = self.weights if follows else 1.0
+            acks.put(np.full(2, -2.0 * self.published, np.float32))
+
+        def score(self, tokens, temperature):
+            return np.full(len(tokens) - 1, -2.0 * self.weights, np.float32)
+
+    acks = queue.Queue()
+    run = SimpleNamespace(learner=Halved(), scratch=tmp_path, probe=[1, 2, 3], rollout_ranks=[1],
+                          config=make_config(), begin=lambda stage: None,
+                          queues=lambda name: acks if name == "acks" else queue.Queue())
+    run.everyone = lambda method, *arguments: getattr(run.learner, method)(*arguments)
+    run.publish = lambda suffix: train.Run.publish(run, suffix)
+    if follows:
+        train.Run.rehearse(run)
+        assert run.learner.weights == 1.0
+    else:
+        with pytest.raises(UserError, match="engine and learner disagree"):
+            train.Run.rehearse(run)
+
+
+def test_scratch_folders_are_in_shared_memory_where_that_is_large_enough(tmp_path, monkeypatch):
+    monkeypatch.setattr(train.tempfile, "mkdtemp", lambda prefix, dir: dir or "temporary")
+    monkeypatch.setattr(train.os, "access", lambda *_: True)
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda _: SimpleNamespace(free=64e6))
+    assert str(train.scratch_folder("x", 60e6)) == "/dev/shm"
+    assert str(train.scratch_folder("x", 15e9)) == "temporary"
+
+
+def test_a_model_of_the_hub_is_fetched_once_and_a_directory_is_itself(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: f"cache/{name}")
+    assert train.local_model("Qwen/Qwen3-8B") == "cache/Qwen/Qwen3-8B"
+    assert train.local_model(str(tmp_path)) == str(tmp_path)
+
+
 def test_a_dead_rollout_rank_ends_the_wait_for_its_answer(tmp_path):
     with pytest.raises(train.WorkerDied, match="exit code -9"):
         publish([train.WorkerDied("exit code -9")], tmp_path)
