@@ -721,9 +721,10 @@ class Learner:
 
     @torch.no_grad()
     def scale(self, factor: float) -> None:
-        """Multiply every weight by a power of two: exact, and so is the way back."""
+        """Multiply every matrix by a power of two: exact, and so is the way back. For every rank."""
         for parameter in self.policy.parameters():
-            parameter.mul_(factor)
+            if parameter.ndim >= 2:
+                parameter.mul_(factor)
 
     # -------------------------------------------------------------------------- publication
 

@@ -442,6 +442,10 @@ def test_a_family_trains_and_publishes(models, tmp_path, family):
     for _ in range(2):  # the second replaces the first
         learner.publish(tmp_path / "policy")
     after = learner.score(sequences[1].tokens)
+    learner.scale(0.5)
+    assert np.abs(learner.score(sequences[1].tokens) - after).max() > 1e-3
+    learner.scale(2.0)
+    assert np.array_equal(learner.score(sequences[1].tokens), after)
     assert np.abs(after - before).max() > 1e-4
     assert sorted(p.name for p in tmp_path.iterdir()) == ["policy"]
 
@@ -638,6 +642,8 @@ def worker(directory: Path) -> None:
         report["resumed_equal"] = more == [again.step(make_sequences(seed=s)) for s in (2, 3)]
         again.load(directory / "from_one")
         report["loaded_version"] = again.version
+        again.scale(0.5)
+        again.scale(2.0)
         again.publish(directory / "published_from_one")
         before = again.score(make_sequences()[1].tokens)
         poisoned = make_sequences()
