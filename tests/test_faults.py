@@ -643,7 +643,7 @@ def test_wrong_keys_and_garbage_are_refused_and_training_goes_on(world, capsys):
 
     world.start(engine=Attacked())
     world.assert_good()
-    assert len(peers) == 7 * (STEPS + 1) and not path.exists()
+    assert len(peers) == 7 * (STEPS + 2) and not path.exists()
     refusals = capsys.readouterr().err.count("refused a connection that does not know the key")
     assert refusals >= 4 * STEPS  # a peer that says half a message, or nothing, is still waited for
     for peer in peers:

@@ -31,7 +31,8 @@ def training_run(run_dir, steps=3) -> list[dict]:
             self.evaluated, self.followers = True, []
             self.rollout_ranks, self.over = [1], threading.Event()
             self.queues = defaultdict(queue.Queue, tasks=curriculum.tasks).__getitem__
-            self.publish, self.save, self.evaluate = lambda: 0.0, lambda: None, lambda when: None
+            self.publish, self.rehearse = lambda: 0.0, lambda: None
+            self.save, self.evaluate = lambda: None, lambda when: None
 
     Run().run()
     worker.join()
