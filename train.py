@@ -1031,9 +1031,10 @@ def rollout_main(config: Config, rank: int, address, key: bytes) -> None:
     threading.Thread(target=answer_watchdog, name="watchdog", daemon=True,
                      args=(rank, connect(f"watchdog/{rank}"), doing)).start()
     competitions = sum(load_splits(config), [])
-    tokenizer = AutoTokenizer.from_pretrained(config.model)
+    model = local_model(config.model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
     budget = PromptBudget(config.description_chars, config.preview_chars, config.output_chars)
-    engine = Engine(config.model, engine_config(config, rank), scratch=scratch)
+    engine = Engine(model, engine_config(config, rank), scratch=scratch)
     sandbox = Sandbox(slots=config.sandbox_slots, timeout=config.timeout,
                       cpu_seconds=config.cpu_seconds, memory_mb=config.memory_mb,
                       disk_mb=config.disk_mb, file_mb=config.disk_mb,
@@ -1153,7 +1154,7 @@ class Run:
         self.stage = ("starts", time.monotonic())  # what this rank does, and since when
         self.over = threading.Event()
         train, heldout = load_splits(config)
-        tokenizer = AutoTokenizer.from_pretrained(config.model)
+        tokenizer = AutoTokenizer.from_pretrained(local_model(config.model))
         self.splits = {"train": fitting(config, train, tokenizer, "training"),
                        "heldout": fitting(config, heldout, tokenizer, "held-out")}
         buffer = EvolvingBuffer(self.splits["train"], capacity=config.capacity,
@@ -1592,7 +1593,8 @@ def join_world(config: Config) -> Place:
 
 
 def local_model(model: str) -> str:
-    """A model directory: the one that is named, or what the Hugging Face hub has under the name."""
+    """A model directory: the one that is named, or what the Hugging Face hub has under the name,
+    fetched once. config.json keeps the name: the directory is another one on each node."""
     if Path(model).is_dir():
         return model
     from huggingface_hub import snapshot_download
@@ -1621,7 +1623,7 @@ def train(config: Config, resume: bool) -> None:
     import torch.distributed as dist
 
     # Before the ranks meet: whoever waits in a collective for a download runs into its timeout.
-    config = dataclasses.replace(config, model=local_model(config.model))
+    model = local_model(config.model)
     place = join_world(config)
     if place.rank >= config.learner_ranks:
         if torch.cuda.is_available():
@@ -1639,7 +1641,7 @@ def train(config: Config, resume: bool) -> None:
             torch.set_num_threads(config.learner_threads)
         else:
             torch.cuda.set_device(place.local_rank)
-        learner = Learner(config.model, learner_config(config), group=place.group)
+        learner = Learner(model, learner_config(config), group=place.group)
         if place.rank > 0:
             orders = connect_queues(place.address, place.key)(f"learner/{place.rank}")
             learner_follow(learner, orders)
@@ -1651,8 +1653,8 @@ def train(config: Config, resume: bool) -> None:
 
 def lead(config: Config, place: Place, learner, resume: bool) -> None:
     """Rank 0's role: the run itself, with a rollout process of its own where it is alone."""
-    scratch = scratch_folder("weights", 1.1 * sum(
-        file.stat().st_size for file in Path(config.model).glob("*.safetensors")))
+    weights = Path(local_model(config.model)).glob("*.safetensors")
+    scratch = scratch_folder("weights", 1.1 * sum(file.stat().st_size for file in weights))
     start_guard([scratch])
     place.queues.queues["published"] = PublishedFiles(scratch)
     if place.world > 1:
