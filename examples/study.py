@@ -38,6 +38,7 @@ training competitions, or keep some of them out of training with --dev.
 import argparse
 import hashlib
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -457,9 +458,10 @@ def draw(rows: list[dict], out: Path) -> None:
 
 def report(args: argparse.Namespace, picture: bool) -> None:
     """table.md, and study.png, of the runs that are complete so far."""
-    names = [BEFORE] + [path.name for path in sorted(args.out.iterdir())
-                        if path.name.rpartition("-")[0] in ARMS]
-    results = [r for r in (read_result(args.out / name) for name in names)
+    arms = "|".join(map(re.escape, ARMS))
+    folders = [path for path in sorted(args.out.iterdir())
+               if re.fullmatch(rf"{BEFORE}|({arms})-\d+", path.name)]  # copies of them are no runs
+    results = [r for r in map(read_result, folders)
                if r and all(s in r["evaluations"] for s in args.splits)]
     if any(r["training"] for r in results):
         splits = [s for s in SPLITS if any(s in r["evaluations"] for r in results)]

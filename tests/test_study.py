@@ -219,7 +219,8 @@ def test_two_studies_do_not_share_a_directory(folders, tmp_path, programs, capsy
 
 def test_a_plain_call_keeps_the_held_out_rows_and_a_copy_is_no_seed(folders, tmp_path, programs):
     study.main(arguments(folders, tmp_path, "--final"))
-    shutil.copytree(tmp_path / "full-0", tmp_path / "copy-full-0")
+    for copy in ("copy-full-0", "full-0.bak"):
+        shutil.copytree(tmp_path / "full-0", tmp_path / copy)
     study.main(arguments(folders, tmp_path))
     table = (tmp_path / "table.md").read_text()
     assert "| held-out | full method | 2 |" in table and "| training | full method | 2 |" in table
