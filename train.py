@@ -146,7 +146,7 @@ class Config:
                               "instead, and nothing is clipped")
     kl_coef: float = opt(0.0, "weight of the KL divergence to the initial policy; 0: no reference")
     kl_kind: str = opt("k3", "estimator of that KL", choices=["k2", "k3"])
-    entropy_coef: float = opt(0.002, "weight of the entropy bonus")
+    entropy_coef: float = opt(0.004, "weight of the entropy bonus")
     temperature: float = opt(1.0, "sampling temperature; it divides the learner's logits too")
     reward: str = opt("rank", "what a valid submission earns: human rank, milestones, medals only",
                       choices=["rank", "milestone", "medal"])
@@ -532,8 +532,7 @@ class Curriculum:
         for task_id in evicted:
             self.sampler.remove(task_id)
         for task in admitted:
-            self.sampler.add(task.id, task.competition_id, task.operator, prior_rewards=rewards,
-                             parent_reward=task.parent.base_reward)
+            self.sampler.add(task.id, task.competition_id, task.operator, prior_rewards=rewards)
 
     def watch_grader(self, group: Group) -> None:
         """Say so when a competition refuses everything: perhaps it is its grader that is broken."""
