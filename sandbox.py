@@ -643,24 +643,24 @@ def step_reward(
     base: float, operator: str, parent_base: float | None = None, unchanged: bool = False
 ) -> float:
     """The step's reward [ours]: `draft` and `debug` earn the base reward of their script, `improve`
-    and `crossover` 0.1 for a valid script and 0.9 times the part of the (better) parent's headroom
-    that it closes. A copy of a parent earns 0.
+    and `crossover` 0.1 for a valid script and what it gains on its (better) parent. A copy of a
+    parent earns 0.
 
     Why not the base reward for all: whoever searches keeps the best script so far, and a bad child
-    costs no more than a step. Paid for the base reward, the policy learns edits that are safe.
+    costs no more than a step; from draft to the script that is handed in, gains add up to its base
+    reward. Paid for the base reward of each child, a policy learns edits that are safe.
 
     >>> step_reward(0.5, "draft"), step_reward(0.5, "improve", 0.5), step_reward(0.3, "improve", 0.5)
     (0.5, 0.1, 0.1)
     >>> step_reward(0.75, "improve", 0.5)
-    0.55
+    0.35
     >>> step_reward(0.9, "improve", 0.9, unchanged=True)
     0.0
     """
     if unchanged:
         return 0.0
     if operator in ("improve", "crossover") and parent_base is not None:
-        gain = base - parent_base
-        return min(base, 0.1) + (0.9 * gain / (1.0 - parent_base) if gain > 0 else 0.0)
+        return min(base, 0.1) + max(base - parent_base, 0.0)
     return base
 
 
