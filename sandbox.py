@@ -660,7 +660,7 @@ def step_reward(
     if unchanged:
         return 0.0
     if operator in ("improve", "crossover") and parent_base is not None:
-        return min(base, 0.1) + max(base - parent_base, 0.0)
+        return min(1.0, min(base, 0.1) + max(base - parent_base, 0.0))
     return base
 
 

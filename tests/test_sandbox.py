@@ -300,7 +300,8 @@ def test_rewards():
     assert step_reward(0.8, "improve", 0.6) == pytest.approx(0.3)
     assert step_reward(1.0, "improve", 0.1) == pytest.approx(1.0)
     assert step_reward(0.05, "improve", 0.7) == 0.05 and step_reward(0.0, "improve", 0.7) == 0.0
-    assert step_reward(0.0, "improve", 0.0) == 0.0  # --reward medal: no medal, as its parent
+    # --reward medal: no medal, as its parent; gold at once
+    assert step_reward(0.0, "improve", 0.0) == 0.0 and step_reward(1.0, "improve", 0.0) == 1.0
     assert step_reward(0.5, "debug", 0.0) == 0.5
     assert step_reward(0.5, "debug", 0.0, unchanged=True) == 0.0
 
