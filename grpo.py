@@ -37,6 +37,8 @@ Run it alone: `python grpo.py` prints a small worked example. It needs torch and
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -98,6 +100,43 @@ def group_advantages(
     # Rounding leaves 1e-8 of noise in a group of equal rewards, and the division by std + eps
     # would turn that noise into a signal.
     return torch.where(spread > tolerance, centred, torch.zeros_like(centred))  # (B, G)
+
+
+def best_of(rewards: Tensor, k: int) -> Tensor:
+    """What each response adds to the best of k: E over S of max(r_i - max S, 0), S a random k - 1
+    of the group's other responses.
+
+    Taken as rewards, these make policy gradients those of the expected best of k responses, not of
+    the mean one, which is what a search is for: it keeps its best. A policy that gives one answer
+    gets nothing for giving it again; one that is right where the others fail gets all of it.
+
+    Args:
+        rewards: (B, G).
+        k: 1 gives the rewards back, at most G.
+
+    Raises:
+        ValueError: k is not in [1, G].
+
+    Source: "Pass@K Policy Optimization" (arXiv 2505.15201), which subtracts the best of the k - 1
+    as a baseline, too.
+
+    >>> best_of(torch.tensor([[0.0, 0.5, 0.5, 1.0]]), k=2)  # the mean of r_i - r_j, where positive
+    tensor([[0.0000, 0.1667, 0.1667, 0.6667]])
+    >>> best_of(torch.tensor([[0.0, 0.5, 0.5, 1.0]]), k=3)
+    tensor([[0.0000, 0.0000, 0.0000, 0.5000]])
+    """
+    size = rewards.shape[1]
+    if not 1 <= k <= size:
+        raise ValueError(f"k must be from 1 to the group's {size} responses, not {k}")
+    if k == 1:
+        return rewards
+    ascending, order = rewards.sort(dim=1)  # (B, G)
+    # Of the others, the j-th smallest (from 0) is the largest of S in C(j, k - 2) of the
+    # C(G - 1, k - 1) cases; what stands above r_i adds nothing.
+    chance = [math.comb(j, k - 2) / math.comb(size - 1, k - 1) for j in range(size)]
+    ahead = (ascending[:, :, None] - ascending[:, None, :]).clamp(min=0)  # (B, G, G)
+    added = (ahead * rewards.new_tensor(chance)).sum(dim=2)  # (B, G)
+    return torch.zeros_like(rewards).scatter(1, order, added)  # (B, G)
 
 
 # --------------------------------------------------------------------- from tokens to a loss

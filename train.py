@@ -134,7 +134,9 @@ class Config:
     advantage: str = opt("dr_grpo", "group-relative advantage: with (grpo) or without (dr_grpo) "
                                     "division by the standard deviation",
                          choices=["grpo", "dr_grpo"])
-    distinct: bool = opt(True, "equal scripts of a group count as one in its advantages, which "
+    best_of: int = opt(3, "reinforce what a response adds to the best of so many of its group; 1: "
+                          "its reward")
+    distinct: bool = opt(False, "equal scripts of a group count as one in its advantages, which "
                                "keeps exploration alive")
     loss: str = opt("dr_grpo", "policy loss", choices=["grpo", "dr_grpo", "dapo", "gspo", "cispo"])
     clip_low: float = opt(0.2, "the ratio is clipped below at 1 - this; gspo, whose ratio is a "
@@ -316,7 +318,7 @@ def refuse_to_change(base: dict, given: dict) -> None:
 # milliseconds have 31 bits.
 BOUNDS = (
     (lambda x: x >= 1, "at least 1",
-     "steps groups responses checkpoint_every keep_checkpoints learner_ranks tensor_parallel "
+     "steps groups responses best_of checkpoint_every keep_checkpoints learner_ranks tensor_parallel "
      "rollout_threads sandbox_slots learner_threads engine_threads capacity children token_budget "
      "max_model_len max_response_tokens max_num_seqs memory_mb disk_mb"),
     (lambda x: x > 0, "greater than 0",
@@ -692,7 +694,7 @@ def make_batch(results: list[Result], config: Config) -> list:
     """
     import torch
 
-    from grpo import group_advantages
+    from grpo import best_of, group_advantages
     from learner import Sequence
 
     sequences = []
@@ -701,6 +703,7 @@ def make_batch(results: list[Result], config: Config) -> list:
         # A response without code equals no other one.
         keys = [trace.code_key or trace.id for trace in group.traces]
         copies = torch.tensor([keys.count(key) for key in keys])[None] if config.distinct else None
+        rewards = best_of(rewards, config.best_of)
         advantages = group_advantages(rewards, config.advantage, copies=copies)[0]  # (G,)
         if not advantages.any():
             continue
