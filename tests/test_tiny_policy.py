@@ -56,7 +56,7 @@ def test_scripts_without_mistakes_are_valid(worlds, sandbox, spelt):
 def test_every_model_of_the_grammar_exists():
     """Class and arguments, for classes and for numbers; scikit-learn checks them when fitting."""
     from sklearn import (discriminant_analysis, dummy, ensemble, linear_model, naive_bayes,  # noqa: F401
-                         neighbors, svm, tree)
+                         neighbors, neural_network, svm, tree)
 
     for kind, families in (("Classifier", tiny.CLASSIFIERS), ("Regressor", tiny.REGRESSORS)):
         for _, module, name, choices in families:
