@@ -134,10 +134,8 @@ class Config:
     advantage: str = opt("dr_grpo", "group-relative advantage: with (grpo) or without (dr_grpo) "
                                     "division by the standard deviation",
                          choices=["grpo", "dr_grpo"])
-    best_of: int = opt(3, "reinforce what a response adds to the best of so many of its group; 1: "
-                          "its reward")
-    distinct: bool = opt(False, "equal scripts of a group count as one in its advantages, which "
-                               "keeps exploration alive")
+    best_of: int = opt(3, "k: reinforce what a response adds to the best of k of its group, since an "
+                          "agent keeps its best script; 1: its reward, as GRPO")
     loss: str = opt("dr_grpo", "policy loss", choices=["grpo", "dr_grpo", "dapo", "gspo", "cispo"])
     clip_low: float = opt(0.2, "the ratio is clipped below at 1 - this; gspo, whose ratio is a "
                                "geometric mean, wants 3e-4, and 4e-4 above")
@@ -148,7 +146,7 @@ class Config:
                               "instead, and nothing is clipped")
     kl_coef: float = opt(0.0, "weight of the KL divergence to the initial policy; 0: no reference")
     kl_kind: str = opt("k3", "estimator of that KL", choices=["k2", "k3"])
-    entropy_coef: float = opt(0.004, "weight of the entropy bonus")
+    entropy_coef: float = opt(0.002, "weight of the entropy bonus")
     temperature: float = opt(1.0, "sampling temperature; it divides the learner's logits too")
     reward: str = opt("rank", "what a valid submission earns: human rank, milestones, medals only",
                       choices=["rank", "milestone", "medal"])
@@ -206,7 +204,7 @@ class Config:
 SMALL = dict(
     model="Qwen/Qwen3-8B", competitions="examples/mlebench_medium.txt", heldout="lite",
     steps=400, groups=16, responses=8, eval_drafts=0, rollout_threads=16, sandbox_slots=16,
-    learning_rate=1e-6, warmup_steps=10, decay=False, max_grad_norm=1.0, entropy_coef=0.0,
+    learning_rate=1e-6, warmup_steps=10, decay=False, max_grad_norm=1.0, entropy_coef=0.0, best_of=1,
     token_budget=32768, learner_dtype="bfloat16", activation_checkpointing=True,
     engine_dtype="bfloat16", max_model_len=24576, max_response_tokens=8192, max_num_seqs=128,
     kv_cache_gib=0.0, logprob_gap_limit=0.1, description_chars=12000, preview_chars=6000,
@@ -687,7 +685,8 @@ class Curriculum:
 
 
 def make_batch(results: list[Result], config: Config) -> list:
-    """Groups -> the learner's sequences; groups whose rewards all agree teach nothing and stay out.
+    """Groups -> the learner's sequences; groups whose advantages are all 0 teach nothing and stay
+    out.
 
     Returns:
         Sequences (see learner.py), the G of a group next to each other.
@@ -700,11 +699,8 @@ def make_batch(results: list[Result], config: Config) -> list:
     sequences = []
     for group in (r.group for r in results):
         rewards = torch.tensor(group.rewards, dtype=torch.float64)[None]  # (1, G)
-        # A response without code equals no other one.
-        keys = [trace.code_key or trace.id for trace in group.traces]
-        copies = torch.tensor([keys.count(key) for key in keys])[None] if config.distinct else None
-        rewards = best_of(rewards, config.best_of)
-        advantages = group_advantages(rewards, config.advantage, copies=copies)[0]  # (G,)
+        rewards = best_of(rewards, min(config.best_of, len(group.traces)))
+        advantages = group_advantages(rewards, config.advantage)[0]  # (G,)
         if not advantages.any():
             continue
         for trace, advantage in zip(group.traces, advantages.tolist()):
@@ -728,7 +724,6 @@ def batch_metrics(results: list[Result], version: int) -> dict:
         "valid_rate": np.mean([t.valid for t in traces]),
         "medal_rate": np.mean([t.medal != "none" for t in traces]),
         "groups": len(groups),
-        "groups_trained": sum(bool(np.ptp(g.rewards) > 1e-6) for g in groups),
         "staleness_mean": np.mean(staleness),
         "staleness_max": max(staleness),
         "unique_scripts": len({t.code_key for t in traces if t.code}),
@@ -1267,6 +1262,7 @@ class Run:
         metrics = {**EMPTY_METRICS, "step": self.step + 1, "policy_version": version,
                    **batch_metrics(results, version)}
         sequences = make_batch(results, self.config)
+        metrics["groups_trained"] = len(sequences) // self.config.responses
         self.dull = 0 if sequences else self.dull + 1
         if sequences:
             metrics |= self.everyone("step", sequences)

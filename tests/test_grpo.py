@@ -5,6 +5,7 @@ Run: python -m pytest tests/test_grpo.py
 
 import ast
 import collections
+import itertools
 import math
 import types
 import weakref
@@ -257,17 +258,36 @@ def test_degenerate_groups_give_exact_zeros(kind):
     assert torch.equal(grpo.group_advantages(torch.tensor([[0.4]]), kind), torch.zeros(1, 1))
 
 
-@pytest.mark.parametrize("kind", grpo.ADVANTAGES)
-def test_equal_answers_count_as_one(kind):
-    """Copies share the advantage that their answer has in the group of the distinct answers."""
-    distinct = grpo.group_advantages(torch.tensor([[0.2, 0.9, 0.4]], dtype=torch.float64), kind)[0]
-    rewards = torch.tensor([[0.2, 0.9, 0.9, 0.9, 0.4]], dtype=torch.float64)
-    copies = torch.tensor([[1, 3, 3, 3, 1]])
-    a, b, c = distinct.tolist()
-    found = grpo.group_advantages(rewards, kind, copies=copies)[0]
-    assert found.tolist() == pytest.approx([a, b / 3, b / 3, b / 3, c])
-    if kind == "dr_grpo":  # by hand: the mean is 0.5
-        assert found.tolist() == pytest.approx([-0.3, 0.4 / 3, 0.4 / 3, 0.4 / 3, -0.1])
+@pytest.mark.parametrize("k", range(1, 7))
+def test_best_of_counts_all_choices_of_the_others(k):
+    rewards = torch.rand(3, 6, generator=torch.Generator().manual_seed(k), dtype=torch.float64)
+    rewards[0, 4] = rewards[0, 1]  # a tie
+    found = grpo.best_of(rewards, k)
+    for row, expected in zip(found.tolist(), rewards.tolist()):
+        for i in range(6) if k > 1 else ():
+            others = itertools.combinations(expected[:i] + expected[i + 1:], k - 1)
+            added = [max(expected[i] - max(chosen), 0) for chosen in others]
+            assert row[i] == pytest.approx(sum(added) / len(added), abs=1e-12)
+    assert k > 1 or torch.equal(found, rewards)
+
+
+def test_best_of_follows_the_gradient_of_the_expected_best():
+    """Exactly, over all groups of three that a policy of four answers can give: the advantages'
+    policy gradient is that of E[best of k]."""
+    values = torch.tensor([0.0, 0.2, 0.5, 0.9], dtype=torch.float64)
+    logits = torch.tensor([0.4, 0.1, -0.3, -1.0], dtype=torch.float64, requires_grad=True)
+    for k in (2, 3):
+        logprobs = logits.log_softmax(0)
+        best = sum(logprobs[list(c)].sum().exp() * values[list(c)].max()
+                   for c in itertools.product(range(4), repeat=k))
+        (expected,) = torch.autograd.grad(best, logits, retain_graph=True)
+        surrogate = 0.0
+        for c in map(list, itertools.product(range(4), repeat=3)):
+            advantages = grpo.best_of(values[c][None], k)[0]
+            probability = logprobs[c].sum().exp().detach()
+            surrogate = surrogate + probability * (advantages * logprobs[c]).sum() / 3
+        (found,) = torch.autograd.grad(surrogate, logits)
+        assert torch.allclose(k * found, expected)
 
 
 def test_advantages_refuse_bad_input():
@@ -277,6 +297,9 @@ def test_advantages_refuse_bad_input():
         grpo.group_advantages(torch.zeros(4))
     with pytest.raises(ValueError, match="unknown advantage"):
         grpo.group_advantages(torch.zeros(1, 4), "rloo")
+    for k in (0, 5):
+        with pytest.raises(ValueError, match="from 1 to the group's 4 responses"):
+            grpo.best_of(torch.zeros(1, 4), k)
 
 
 # ------------------------------------------------------------------------------- divergence
@@ -441,13 +464,13 @@ def test_peak_memory_measured_at_a_reduced_size():
 # ---------------------------------------------------------------------------------- the file
 
 
-def test_the_file_imports_nothing_but_torch():
+def test_the_file_imports_nothing_but_torch_and_math():
     tree = ast.parse(Path(grpo.__file__).read_text())
     names = {alias.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import)
              for alias in node.names}
     names |= {node.module.split(".")[0] for node in ast.walk(tree)
               if isinstance(node, ast.ImportFrom)}
-    assert names == {"torch", "__future__"}
+    assert names == {"torch", "math", "__future__"}
 
 
 def test_worked_example_runs(capsys):
