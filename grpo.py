@@ -468,13 +468,13 @@ def main() -> None:
     rewards = torch.tensor([[0.0, 0.1, 0.1, 0.7], [0.5, 0.5, 0.5, 0.5]])  # (B, G)
     print("1. Rewards of two groups of four traces; the second agrees: nothing to learn from it.")
     rows = {"rewards": rewards} | {kind: group_advantages(rewards, kind) for kind in ADVANTAGES}
-    rows["best of 3"] = best_of(rewards, 3)
+    rows["best_of"] = best_of(rewards, 3)
     for name, values in rows.items():
-        print(f"   {name:9}", "   ".join(" ".join(f"{value:+.3f}" for value in group)
+        print(f"   {name:8}", "   ".join(" ".join(f"{value:+.3f}" for value in group)
                                         for group in values.tolist()))
     print("   Both advantages are r - mean; grpo also divides by the group's standard deviation.")
-    print("   Best of 3: what a trace adds to two others; taken as rewards, 0.1 is worth nothing "
-          "here.")
+    print("   best_of: what a trace adds to the best of three; taken as rewards, 0.1 is worth "
+          "nothing here.")
 
     print("\n2. The clip at 0.2: a token whose probability is `ratio` times what it was sampled "
           "with.")
