@@ -330,7 +330,7 @@ class EvolvingBuffer:
     """
 
     def __init__(self, competition_ids: Iterable[str], capacity: int = 4096, max_depth: int = 16,
-                 children_per_group: int = 3, frontier: int = 8, headroom: float = 0.05,
+                 children_per_group: int = 3, frontier: int = 8, headroom: float = 0.01,
                  enabled: bool = True, crossover: bool = False,
                  log_path: str | os.PathLike | None = None):
         self.competition_ids = list(competition_ids)

@@ -27,9 +27,11 @@ What differs from the textbook, and whose choice it is:
    also the decoupled objective for stale data (arXiv 2505.24298).
 4. [ours] The sampled stop token is part of the response: whoever masks it out never teaches the
    policy to stop.
-5. [ours] Rewards can be replaced by what a response adds to the best of k (`best_of`): a search
-   keeps its best, so a policy should give answers of which one is good, not the same one each time.
-6. [ours] Entropy is the entropy of the distribution, from the logits, with its gradient; the
+5. [ours] Equal answers of a group can count as one (`copies`): what is common is then not
+   reinforced for being common.
+6. [ours] Rewards can be replaced by what a response adds to the best of k (`best_of`), since a
+   search keeps its best.
+7. [ours] Entropy is the entropy of the distribution, from the logits, with its gradient; the
    negative log-likelihood of a sample is only an estimate of it and has another gradient.
 
 Run it alone: `python grpo.py` prints a small worked example. It needs torch and nothing else.
@@ -51,7 +53,8 @@ KL_KINDS = ("k1", "k2", "k3")
 
 
 def group_advantages(
-    rewards: Tensor, kind: str = "grpo", eps: float = 1e-6, tolerance: float = 1e-6
+    rewards: Tensor, kind: str = "grpo", eps: float = 1e-6, tolerance: float = 1e-6,
+    copies: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Group-relative advantages: how much better a trace did than its group.
 
@@ -60,6 +63,11 @@ def group_advantages(
         kind: `grpo` (r - mean) / (std + eps), std with ddof 0; `dr_grpo` r - mean.
         eps: added to the standard deviation.
         tolerance: a group whose rewards lie within it is degenerate: nothing to learn, zeros.
+        copies: (B, G) how many of the group have this response's answer, itself included: equal
+            answers then count as one, in the group's mean and in the sum of its advantages.
+            [ours] Without it, what is common is reinforced for being common, and a policy that
+            settles on one answer finds no better one ("Rewarding the Unlikely", arXiv 2506.02355,
+            has another remedy). None: each counts.
 
     Returns:
         (B, G) advantages, in the dtype of `rewards`.
@@ -73,6 +81,9 @@ def group_advantages(
     >>> group_advantages(rewards, kind="dr_grpo")
     tensor([[-0.5000,  0.5000,  0.5000, -0.5000],
             [ 0.0000,  0.0000,  0.0000,  0.0000]])
+    >>> group_advantages(rewards, "dr_grpo", copies=torch.tensor([[1, 2, 2, 1], [1, 1, 1, 1]]))
+    tensor([[-0.3333,  0.3333,  0.3333, -0.3333],
+            [ 0.0000,  0.0000,  0.0000,  0.0000]])
     """
     if kind not in ADVANTAGES:
         raise ValueError(f"unknown advantage {kind!r}: choose one of {', '.join(ADVANTAGES)}")
@@ -80,10 +91,13 @@ def group_advantages(
         raise ValueError(f"rewards must be (B, G), got the shape {tuple(rewards.shape)}")
     if not torch.isfinite(rewards).all():
         raise ValueError("rewards must be finite")
-    centred = rewards - rewards.mean(dim=1, keepdim=True)  # (B, G)
+    weights = torch.ones_like(rewards) if copies is None else 1 / copies.to(rewards)  # (B, G)
+    share = weights / weights.sum(dim=1, keepdim=True)  # (B, G)
+    centred = rewards - (share * rewards).sum(dim=1, keepdim=True)  # (B, G)
     if kind == "grpo":
-        std = centred.square().mean(dim=1, keepdim=True).sqrt()  # (B, 1)
+        std = (share * centred**2).sum(dim=1, keepdim=True).sqrt()  # (B, 1)
         centred = centred / (std + eps)  # (B, G)
+    centred = centred * weights  # (B, G)
     spread = rewards.amax(dim=1, keepdim=True) - rewards.amin(dim=1, keepdim=True)  # (B, 1)
     # Rounding leaves 1e-8 of noise in a group of equal rewards, and the division by std + eps
     # would turn that noise into a signal.
@@ -468,13 +482,10 @@ def main() -> None:
     rewards = torch.tensor([[0.0, 0.1, 0.1, 0.7], [0.5, 0.5, 0.5, 0.5]])  # (B, G)
     print("1. Rewards of two groups of four traces; the second agrees: nothing to learn from it.")
     rows = {"rewards": rewards} | {kind: group_advantages(rewards, kind) for kind in ADVANTAGES}
-    rows["best_of"] = best_of(rewards, 3)
     for name, values in rows.items():
         print(f"   {name:8}", "   ".join(" ".join(f"{value:+.3f}" for value in group)
                                         for group in values.tolist()))
     print("   Both advantages are r - mean; grpo also divides by the group's standard deviation.")
-    print("   best_of: what a trace adds to the best of three; taken as rewards, 0.1 is worth "
-          "nothing here.")
 
     print("\n2. The clip at 0.2: a token whose probability is `ratio` times what it was sampled "
           "with.")

@@ -134,8 +134,10 @@ class Config:
     advantage: str = opt("dr_grpo", "group-relative advantage: with (grpo) or without (dr_grpo) "
                                     "division by the standard deviation",
                          choices=["grpo", "dr_grpo"])
-    best_of: int = opt(3, "k: reinforce what a response adds to the best of k of its group, since an "
-                          "agent keeps its best script; 1: its reward, as GRPO")
+    distinct: bool = opt(True, "equal scripts of a group count as one in its advantages, which "
+                               "keeps exploration alive")
+    best_of: int = opt(1, "k: reinforce what a response adds to the best of k of its group, since "
+                          "an agent keeps its best script (try 3 with --no-distinct); 1: its reward")
     loss: str = opt("dr_grpo", "policy loss", choices=["grpo", "dr_grpo", "dapo", "gspo", "cispo"])
     clip_low: float = opt(0.2, "the ratio is clipped below at 1 - this; gspo, whose ratio is a "
                                "geometric mean, wants 3e-4, and 4e-4 above")
@@ -204,7 +206,7 @@ class Config:
 SMALL = dict(
     model="Qwen/Qwen3-8B", competitions="examples/mlebench_medium.txt", heldout="lite",
     steps=400, groups=16, responses=8, eval_drafts=0, rollout_threads=16, sandbox_slots=16,
-    learning_rate=1e-6, warmup_steps=10, decay=False, max_grad_norm=1.0, entropy_coef=0.0, best_of=1,
+    learning_rate=1e-6, warmup_steps=10, decay=False, max_grad_norm=1.0, entropy_coef=0.0,
     token_budget=32768, learner_dtype="bfloat16", activation_checkpointing=True,
     engine_dtype="bfloat16", max_model_len=24576, max_response_tokens=8192, max_num_seqs=128,
     kv_cache_gib=0.0, logprob_gap_limit=0.1, description_chars=12000, preview_chars=6000,
@@ -532,7 +534,8 @@ class Curriculum:
         for task_id in evicted:
             self.sampler.remove(task_id)
         for task in admitted:
-            self.sampler.add(task.id, task.competition_id, task.operator, prior_rewards=rewards)
+            self.sampler.add(task.id, task.competition_id, task.operator, prior_rewards=rewards,
+                             parent_reward=task.parent.base_reward)
 
     def watch_grader(self, group: Group) -> None:
         """Say so when a competition refuses everything: perhaps it is its grader that is broken."""
@@ -699,8 +702,11 @@ def make_batch(results: list[Result], config: Config) -> list:
     sequences = []
     for group in (r.group for r in results):
         rewards = torch.tensor(group.rewards, dtype=torch.float64)[None]  # (1, G)
+        # A response without code equals no other one.
+        keys = [trace.code_key or trace.id for trace in group.traces]
+        copies = torch.tensor([keys.count(key) for key in keys])[None] if config.distinct else None
         rewards = best_of(rewards, min(config.best_of, len(group.traces)))
-        advantages = group_advantages(rewards, config.advantage)[0]  # (G,)
+        advantages = group_advantages(rewards, config.advantage, copies=copies)[0]  # (G,)
         if not advantages.any():
             continue
         for trace, advantage in zip(group.traces, advantages.tolist()):

@@ -8,7 +8,7 @@ weight updates) runs on a laptop. It has learnt one thing: the shape of a short 
 script, for prompts exactly as rollout.py builds them, for all three operators.
 
 What it is not: a language model. It cannot read a description beyond the metric, the task kind
-and a few words; it knows eighteen estimators and a dozen ways to go wrong. It was taught
+and a few words; it knows some twenty estimators and a dozen ways to go wrong. It was taught
 mistakes on purpose: of its first drafts half were valid and 2 % won a medal (see README). That is
 the room that reinforcement learning has. It says nothing about what AceGRPO does for a real model.
 
@@ -146,23 +146,25 @@ def make_worlds(rng: random.Random, count: int, folder: Path) -> list[tuple]:
 
 # Model families: weight in the corpus, module, class (Kind is Classifier or Regressor), arguments
 # from plain to tuned: a draft takes one of the first PLAIN, an improvement moves to a neighbour.
-# All are small: executions, not the policy, are what training and evaluation wait for.
 # Weak families weigh more: which ones are good is left to reinforcement learning to find out.
 PLAIN = 2
 FAMILIES = [
     (10, "dummy", "DummyKind", [""]),
     (16, "tree", "DecisionTreeKind", ["max_depth=2", "max_depth=3", "max_depth=5", "max_depth=8"]),
     (16, "neighbors", "KNeighborsKind", ["1", "3", "8", "20", "20, weights=\"distance\""]),
-    (6, "ensemble", "AdaBoostKind", ["n_estimators=5", "n_estimators=10", "n_estimators=25"]),
+    (6, "ensemble", "AdaBoostKind", ["n_estimators=10", "n_estimators=25", "n_estimators=50"]),
     (5, "ensemble", "RandomForestKind",
-     ["n_estimators=10, max_depth=3", "n_estimators=10", "n_estimators=20", "n_estimators=40"]),
+     ["n_estimators=10, max_depth=3", "n_estimators=10", "n_estimators=30", "n_estimators=80"]),
     (4, "ensemble", "ExtraTreesKind",
-     ["n_estimators=10, max_depth=3", "n_estimators=10", "n_estimators=20", "n_estimators=40"]),
+     ["n_estimators=10, max_depth=3", "n_estimators=10", "n_estimators=30", "n_estimators=80"]),
     (4, "ensemble", "GradientBoostingKind",
-     ["n_estimators=5", "n_estimators=10", "n_estimators=20", "n_estimators=20, learning_rate=0.2",
-      "n_estimators=30, learning_rate=0.2, subsample=0.5"]),
+     ["n_estimators=5", "n_estimators=20", "n_estimators=50", "n_estimators=50, learning_rate=0.2",
+      "n_estimators=80, learning_rate=0.2, subsample=0.5"]),
+    (3, "neural_network", "MLPKind",
+     ["hidden_layer_sizes=(8,), max_iter=50", "hidden_layer_sizes=(32,), max_iter=150",
+      "hidden_layer_sizes=(32,), solver=\"lbfgs\", alpha=3"]),
     (4, "ensemble", "HistGradientBoostingKind",
-     ["max_iter=5", "max_iter=15", "max_iter=30", "max_iter=30, max_leaf_nodes=8"]),
+     ["max_iter=5", "max_iter=20", "max_iter=60", "max_iter=60, max_leaf_nodes=8"]),
 ]
 CLASSIFIERS = FAMILIES + [
     (14, "naive_bayes", "GaussianNB", ["", "var_smoothing=0.1"]),
@@ -172,12 +174,6 @@ CLASSIFIERS = FAMILIES + [
     (4, "discriminant_analysis", "QuadraticDiscriminantAnalysis",
      ["reg_param=0.9", "reg_param=0.5", "reg_param=0.2", "reg_param=0.05"]),
     (5, "svm", "SVC", ["C=0.01", "C=0.1", "C=1", "C=3", "C=10"]),
-    # Fits with Adam take three times as long. For classes only: among regressors as well, networks
-    # were good enough everywhere for a policy to write nothing else.
-    (3, "neural_network", "MLPClassifier", [
-        f'hidden_layer_sizes=({units},), solver="lbfgs", {rest}' for units, rest in
-        ((4, "max_iter=10"), (8, "max_iter=20"), (16, "max_iter=20, alpha=1"),
-         (16, "max_iter=50, alpha=3"))]),
 ]
 REGRESSORS = FAMILIES + [
     (8, "linear_model", "Ridge", ["1000", "50", "3", "0.1"]),

@@ -258,6 +258,19 @@ def test_degenerate_groups_give_exact_zeros(kind):
     assert torch.equal(grpo.group_advantages(torch.tensor([[0.4]]), kind), torch.zeros(1, 1))
 
 
+@pytest.mark.parametrize("kind", grpo.ADVANTAGES)
+def test_equal_answers_count_as_one(kind):
+    """Copies share the advantage that their answer has in the group of the distinct answers."""
+    distinct = grpo.group_advantages(torch.tensor([[0.2, 0.9, 0.4]], dtype=torch.float64), kind)[0]
+    rewards = torch.tensor([[0.2, 0.9, 0.9, 0.9, 0.4]], dtype=torch.float64)
+    copies = torch.tensor([[1, 3, 3, 3, 1]])
+    a, b, c = distinct.tolist()
+    found = grpo.group_advantages(rewards, kind, copies=copies)[0]
+    assert found.tolist() == pytest.approx([a, b / 3, b / 3, b / 3, c])
+    if kind == "dr_grpo":  # by hand: the mean is 0.5
+        assert found.tolist() == pytest.approx([-0.3, 0.4 / 3, 0.4 / 3, 0.4 / 3, -0.1])
+
+
 @pytest.mark.parametrize("k", range(1, 7))
 def test_best_of_counts_all_choices_of_the_others(k):
     rewards = torch.rand(3, 6, generator=torch.Generator().manual_seed(k), dtype=torch.float64)
