@@ -108,8 +108,8 @@ def best_of(rewards: Tensor, k: int) -> Tensor:
     """What each response adds to the best of k: E over S of max(r_i - max S, 0), S a random k - 1
     of the group's other responses.
 
-    Taken as rewards, these make policy gradients those of the expected best of k responses, not of
-    the mean one, which is what a search is for: it keeps its best. A policy that gives one answer
+    Taken as rewards, these make the policy gradient that of the expected best of k responses, over
+    k, instead of that of the mean one: a search keeps its best. A policy that gives one answer
     gets nothing for giving it again; one that is right where the others fail gets all of it.
 
     Args:

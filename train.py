@@ -137,7 +137,7 @@ class Config:
     distinct: bool = opt(True, "equal scripts of a group count as one in its advantages, which "
                                "keeps exploration alive")
     best_of: int = opt(1, "k: reinforce what a response adds to the best of k of its group, since "
-                          "an agent keeps its best script (try 3 with --no-distinct); 1: its reward")
+                          "an agent keeps its best script (with --no-distinct); 1: its reward")
     loss: str = opt("dr_grpo", "policy loss", choices=["grpo", "dr_grpo", "dapo", "gspo", "cispo"])
     clip_low: float = opt(0.2, "the ratio is clipped below at 1 - this; gspo, whose ratio is a "
                                "geometric mean, wants 3e-4, and 4e-4 above")
@@ -318,9 +318,9 @@ def refuse_to_change(base: dict, given: dict) -> None:
 # milliseconds have 31 bits.
 BOUNDS = (
     (lambda x: x >= 1, "at least 1",
-     "steps groups responses best_of checkpoint_every keep_checkpoints learner_ranks tensor_parallel "
-     "rollout_threads sandbox_slots learner_threads engine_threads capacity children token_budget "
-     "max_model_len max_response_tokens max_num_seqs memory_mb disk_mb"),
+     "steps groups responses best_of checkpoint_every keep_checkpoints learner_ranks "
+     "tensor_parallel rollout_threads sandbox_slots learner_threads engine_threads capacity "
+     "children token_budget max_model_len max_response_tokens max_num_seqs memory_mb disk_mb"),
     (lambda x: x > 0, "greater than 0",
      "collective_timeout temperature learning_rate max_grad_norm logprob_gap_limit timeout "
      "cpu_seconds"),
@@ -353,6 +353,9 @@ def validate(config: Config, world_size: int) -> None:
                                 f"{most:.0f}, not {value}")
     if config.responses < 2:
         raise UserError("--responses must be at least 2: the advantage compares within the group")
+    if config.best_of > config.responses:
+        raise UserError(f"--best-of {config.best_of} of the {config.responses} responses of a "
+                        "group: lower it, or raise --responses")
     if config.epsilon > 1:
         raise UserError("--epsilon must lie between 0 and 1")
     if config.max_response_tokens >= config.max_model_len:
@@ -705,7 +708,7 @@ def make_batch(results: list[Result], config: Config) -> list:
         # A response without code equals no other one.
         keys = [trace.code_key or trace.id for trace in group.traces]
         copies = torch.tensor([keys.count(key) for key in keys])[None] if config.distinct else None
-        rewards = best_of(rewards, min(config.best_of, len(group.traces)))
+        rewards = best_of(rewards, config.best_of)
         advantages = group_advantages(rewards, config.advantage, copies=copies)[0]  # (G,)
         if not advantages.any():
             continue
@@ -1277,8 +1280,8 @@ class Run:
                   "stays as it was", file=sys.stderr, flush=True)
         if self.dull and self.dull % 10 == 0:
             print(f"warning: {self.dull} steps in a row without anything to learn from: within "
-                  f"each group all rewards are equal ({metrics['reward_mean']:.3f} on average in "
-                  "the last batch)", file=sys.stderr, flush=True)
+                  f"each group all advantages are 0 (rewards {metrics['reward_mean']:.3f} on "
+                  "average in the last batch)", file=sys.stderr, flush=True)
         learnt = time.monotonic()
         if learner.version != version:
             metrics["logprob_gap"] = self.publish()

@@ -63,6 +63,7 @@ def test_every_number_of_metrics_jsonl_is_written(tmp_path, monkeypatch):
                         SimpleNamespace(SummaryWriter=SummaryWriter))
     assert written == numbers(training_run(tmp_path)) and len(flushed) == 3
     assert ("reward_mean", 3) in written and ("seconds_step", 1) in written
+    assert all(0 < written["groups_trained", n] <= written["groups", n] for n in (1, 2, 3))
 
 
 def test_tensorboard_reads_what_is_written(tmp_path):

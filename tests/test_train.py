@@ -229,7 +229,8 @@ def test_what_counts_is_what_a_response_adds_to_the_best_of_three():
         traces = [Trace(f"t{i}", "toy/draft", "toy", "draft", reward=reward)
                   for i, reward in enumerate(rewards)]
         result = SimpleNamespace(group=Group(Task.root("toy"), traces))
-        return [s.advantage for s in make_batch([result], make_config(distinct=False, best_of=best_of))]
+        config = make_config(distinct=False, best_of=best_of)
+        return [s.advantage for s in make_batch([result], config)]
 
     # 0.9 against two of (0.9, 0.3, 0): only in one of three cases without the other 0.9, it adds
     # 0.6, on average 0.2; 0.3 always meets a 0.9. The mean is 0.1.
@@ -237,7 +238,6 @@ def test_what_counts_is_what_a_response_adds_to_the_best_of_three():
     assert advantages((0.9, 0.3, 0.3, 0.3)) == pytest.approx([0.45, -0.15, -0.15, -0.15])
     assert advantages((0.9, 0.9, 0.9, 0.0)) == []  # of three there is always another 0.9
     assert advantages((0.9, 0.9, 0.3, 0.1), best_of=1) == pytest.approx([0.35, 0.35, -0.25, -0.45])
-    assert advantages((0.4, 0.2)) == pytest.approx([0.1, -0.1])  # a group of two: the best of two
 
 
 def test_a_failing_rollout_stops_the_learner():
@@ -448,6 +448,8 @@ def test_every_number_has_bounds():
         for value in wrong:
             with pytest.raises(UserError, match=flag):
                 train.validate(dataclasses.replace(good, **{name: value}), world_size=1)
+    with pytest.raises(UserError, match="--best-of 9 of the .* responses .* raise --responses"):
+        train.validate(dataclasses.replace(good, best_of=9), world_size=1)
 
 
 def test_learner_ranks_must_leave_one_that_rolls_out():
