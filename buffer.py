@@ -90,12 +90,13 @@ class Trace:
     seconds: float = 0.0  # wall-clock of the execution
     output: str = ""  # its tail, as a debug prompt shows it
     validation_score: float | None = None  # what the script printed about itself
+    claim: float | None = None  # the same, such that higher is better; None: not valid, or silent
     valid: bool = False  # the grader accepted the submission
     score: float | None = None  # the competition's metric, on the private answers
     medal: str = "none"  # gold | silver | bronze | none
     human_rank: float = 0.0
-    base_reward: float = 0.0  # of the outcome alone, less the gap penalty
-    reward: float = 0.0  # what the policy is trained on: base + improve bonus
+    base_reward: float = 0.0  # of the outcome alone
+    reward: float = 0.0  # of the step: for improve and crossover what it gains on the parent
     reason: str = ""  # why it failed, in a line
     isolation: str = ""  # what confined the execution; "unsafe (...)" when something was missing
     reused: bool = False  # not executed: an equal script had been, on the same competition
@@ -330,7 +331,7 @@ class EvolvingBuffer:
     """
 
     def __init__(self, competition_ids: Iterable[str], capacity: int = 4096, max_depth: int = 16,
-                 children_per_group: int = 3, frontier: int = 8, headroom: float = 0.01,
+                 children_per_group: int = 3, frontier: int = 8, headroom: float = 0.05,
                  enabled: bool = True, crossover: bool = False,
                  log_path: str | os.PathLike | None = None):
         self.competition_ids = list(competition_ids)

@@ -27,11 +27,10 @@ What differs from the textbook, and whose choice it is:
    also the decoupled objective for stale data (arXiv 2505.24298).
 4. [ours] The sampled stop token is part of the response: whoever masks it out never teaches the
    policy to stop.
-5. [ours] Equal answers of a group can count as one (`copies`): what is common is then not
-   reinforced for being common.
-6. [ours] Rewards can be replaced by what a response adds to the best of k (`best_of`), since a
-   search keeps its best.
-7. [ours] Entropy is the entropy of the distribution, from the logits, with its gradient; the
+5. [ours] Rewards can be replaced by what a response adds to the one chosen out of k (`best_of`): a
+   search keeps one, so a policy should give answers of which one is good and known to be, not the
+   same one each time.
+6. [ours] Entropy is the entropy of the distribution, from the logits, with its gradient; the
    negative log-likelihood of a sample is only an estimate of it and has another gradient.
 
 Run it alone: `python grpo.py` prints a small worked example. It needs torch and nothing else.
@@ -53,8 +52,7 @@ KL_KINDS = ("k1", "k2", "k3")
 
 
 def group_advantages(
-    rewards: Tensor, kind: str = "grpo", eps: float = 1e-6, tolerance: float = 1e-6,
-    copies: Tensor | None = None,
+    rewards: Tensor, kind: str = "grpo", eps: float = 1e-6, tolerance: float = 1e-6
 ) -> Tensor:  # fmt: skip
     """Group-relative advantages: how much better a trace did than its group.
 
@@ -63,11 +61,6 @@ def group_advantages(
         kind: `grpo` (r - mean) / (std + eps), std with ddof 0; `dr_grpo` r - mean.
         eps: added to the standard deviation.
         tolerance: a group whose rewards lie within it is degenerate: nothing to learn, zeros.
-        copies: (B, G) how many of the group have this response's answer, itself included: equal
-            answers then count as one, in the group's mean and in the sum of its advantages.
-            [ours] Without it, what is common is reinforced for being common, and a policy that
-            settles on one answer finds no better one ("Rewarding the Unlikely", arXiv 2506.02355,
-            has another remedy). None: each counts.
 
     Returns:
         (B, G) advantages, in the dtype of `rewards`.
@@ -81,9 +74,6 @@ def group_advantages(
     >>> group_advantages(rewards, kind="dr_grpo")
     tensor([[-0.5000,  0.5000,  0.5000, -0.5000],
             [ 0.0000,  0.0000,  0.0000,  0.0000]])
-    >>> group_advantages(rewards, "dr_grpo", copies=torch.tensor([[1, 2, 2, 1], [1, 1, 1, 1]]))
-    tensor([[-0.3333,  0.3333,  0.3333, -0.3333],
-            [ 0.0000,  0.0000,  0.0000,  0.0000]])
     """
     if kind not in ADVANTAGES:
         raise ValueError(f"unknown advantage {kind!r}: choose one of {', '.join(ADVANTAGES)}")
@@ -91,52 +81,56 @@ def group_advantages(
         raise ValueError(f"rewards must be (B, G), got the shape {tuple(rewards.shape)}")
     if not torch.isfinite(rewards).all():
         raise ValueError("rewards must be finite")
-    weights = torch.ones_like(rewards) if copies is None else 1 / copies.to(rewards)  # (B, G)
-    share = weights / weights.sum(dim=1, keepdim=True)  # (B, G)
-    centred = rewards - (share * rewards).sum(dim=1, keepdim=True)  # (B, G)
+    centred = rewards - rewards.mean(dim=1, keepdim=True)  # (B, G)
     if kind == "grpo":
-        std = (share * centred**2).sum(dim=1, keepdim=True).sqrt()  # (B, 1)
+        std = centred.square().mean(dim=1, keepdim=True).sqrt()  # (B, 1)
         centred = centred / (std + eps)  # (B, G)
-    centred = centred * weights  # (B, G)
     spread = rewards.amax(dim=1, keepdim=True) - rewards.amin(dim=1, keepdim=True)  # (B, 1)
     # Rounding leaves 1e-8 of noise in a group of equal rewards, and the division by std + eps
     # would turn that noise into a signal.
     return torch.where(spread > tolerance, centred, torch.zeros_like(centred))  # (B, G)
 
 
-def best_of(rewards: Tensor, k: int) -> Tensor:
-    """What each response adds to the best of k: E over S of max(r_i - max S, 0), S a random k - 1
-    of the group's other responses.
+def best_of(rewards: Tensor, k: int, claims: Tensor | None = None) -> Tensor:
+    """What each response adds to the reward of the one that is chosen out of k.
 
-    Taken as rewards, these make the policy gradient that of the expected best of k responses, over
-    k, instead of that of the mean one: a search keeps its best. A policy that gives one answer
-    gets nothing for giving it again; one that is right where the others fail gets all of it.
+    Of k responses, the one with the highest claim is chosen. Response i adds, on average over S, a
+    random k - 1 of the group's others: r_i - r_j where it claims more than j, the one chosen of S,
+    and 0 where it does not. Taken as rewards, these make the policy gradient that of the expected
+    reward of what is chosen out of k responses, over k, instead of that of the mean response. A
+    policy that gives one answer gets nothing for giving it again; one that is right where the
+    others fail gets all of it; one that claims too much pays for what it pushes out.
 
     Args:
         rewards: (B, G).
         k: 1 gives the rewards back, at most G.
+        claims: (B, G) what is known of the responses when one is chosen; of equal ones the later
+            in the group counts as higher. None: the rewards, so that the best is chosen.
 
     Raises:
         ValueError: k is not in [1, G].
 
-    Source: "Pass@K Policy Optimization" (arXiv 2505.15201), which subtracts the best of the k - 1
-    as a baseline, too.
+    Source: with rewards as claims "Pass@K Policy Optimization" (arXiv 2505.15201), which subtracts
+    the best of the k - 1 as a baseline, too; claims are ours.
 
     >>> best_of(torch.tensor([[0.0, 0.5, 0.5, 1.0]]), k=2)  # the mean of r_i - r_j, where positive
     tensor([[0.0000, 0.1667, 0.1667, 0.6667]])
     >>> best_of(torch.tensor([[0.0, 0.5, 0.5, 1.0]]), k=3)
     tensor([[0.0000, 0.0000, 0.0000, 0.5000]])
+    >>> best_of(torch.tensor([[0.2, 0.6]]), k=2, claims=torch.tensor([[0.9, 0.7]]))  # 0.9: untrue
+    tensor([[-0.4000,  0.0000]])
     """
     size = rewards.shape[1]
     if not 1 <= k <= size:
         raise ValueError(f"k must be from 1 to the group's {size} responses, not {k}")
     if k == 1:
         return rewards
-    ascending, order = rewards.sort(dim=1)  # (B, G)
-    # Of the others, the j-th smallest (from 0) is the largest of S in C(j, k - 2) of the
-    # C(G - 1, k - 1) cases; what stands above r_i adds nothing.
+    order = (rewards if claims is None else claims).argsort(dim=1, stable=True)  # (B, G)
+    ascending = rewards.gather(1, order)  # (B, G)
+    # Of the others, the j-th lowest claim (from 0) is the highest of S in C(j, k - 2) of the
+    # C(G - 1, k - 1) cases; where it is above that of i, i adds nothing.
     chance = [math.comb(j, k - 2) / math.comb(size - 1, k - 1) for j in range(size)]
-    ahead = (ascending[:, :, None] - ascending[:, None, :]).clamp(min=0)  # (B, G, G)
+    ahead = (ascending[:, :, None] - ascending[:, None, :]).tril()  # (B, G, G)
     added = (ahead * rewards.new_tensor(chance)).sum(dim=2)  # (B, G)
     return torch.zeros_like(rewards).scatter(1, order, added)  # (B, G)
 
@@ -482,10 +476,13 @@ def main() -> None:
     rewards = torch.tensor([[0.0, 0.1, 0.1, 0.7], [0.5, 0.5, 0.5, 0.5]])  # (B, G)
     print("1. Rewards of two groups of four traces; the second agrees: nothing to learn from it.")
     rows = {"rewards": rewards} | {kind: group_advantages(rewards, kind) for kind in ADVANTAGES}
+    rows["best_of"] = best_of(rewards, 3)
     for name, values in rows.items():
         print(f"   {name:8}", "   ".join(" ".join(f"{value:+.3f}" for value in group)
                                         for group in values.tolist()))
     print("   Both advantages are r - mean; grpo also divides by the group's standard deviation.")
+    print("   best_of: what a trace adds to the best of three; taken as rewards, 0.1 is worth "
+          "nothing here.")
 
     print("\n2. The clip at 0.2: a token whose probability is `ratio` times what it was sampled "
           "with.")

@@ -726,7 +726,6 @@ class RolloutConfig:
     temperature: float = 1.0
     reward: str = "rank"
     timeout: float = 60.0  # seconds of wall-clock for one script
-    gap_penalty: float = 0.0  # reward lost for a printed score unlike the test score; 0: off
 
 
 def make_trace(task: Task, index: int, prompt_ids: list[int], completion: Completion,
@@ -774,25 +773,28 @@ def execute(trace: Trace, task: Task, competition: Competition, sandbox: Sandbox
         return trace
     run = sandbox.run(competition, trace.code, timeout=config.timeout)
     describe_run(trace, run)
+    trace.claim = claim(trace, competition)
     trace.base_reward = base_reward(run, config.reward)
-    if run.valid and config.gap_penalty:
-        # What a valid file earns at least stays: an honest mistake must not be worse than none.
-        gap = config.gap_penalty * validation_gap(run, competition)
-        trace.base_reward = max(trace.base_reward - gap, min(trace.base_reward, 0.1))
     trace.reward = step_reward(
         trace.base_reward, task.operator,
         parent_base=task.parent.base_reward if task.parent else None,
         unchanged=trace.code_key in [parent.code_key for parent in task.parents],
+        preferred=task.parent is None or standing(trace.claim) > standing(task.parent.claim),
     )
     return trace
 
 
-def validation_gap(run: Execution, competition: Competition) -> float:
-    """How far the score that a script printed is from its test score, as a difference of human
-    ranks, so in [0, 1] whatever the metric; 1 when it printed none: silence is no way out."""
-    if run.validation_score is None:
-        return 1.0
-    return abs(competition.human_rank(run.validation_score) - run.human_rank)
+def claim(trace: Trace, competition: Competition) -> float | None:
+    """What an agent chooses by: the validation score that a script printed, such that higher is
+    better. None without a valid submission, or when nothing was printed."""
+    if not trace.valid or trace.validation_score is None:
+        return None
+    return -trace.validation_score if competition.lower_is_better else trace.validation_score
+
+
+def standing(claimed: float | None) -> float:
+    """A claim as a number to compare: none is the lowest."""
+    return -math.inf if claimed is None else claimed
 
 
 def rollout(request: Request, engine, sandbox, prompter: Prompter, config: RolloutConfig,
@@ -1039,11 +1041,8 @@ def choose_task(competition: Competition, traces: list[Trace], config: AgentConf
 def choose_best(competition: Competition, traces: list[Trace]) -> int | None:
     """Position of the valid trace with the best printed validation score; one that printed none
     only when there is no other. Ties: the earliest."""
-    sign = -1.0 if competition.lower_is_better else 1.0
     valid = [i for i, t in enumerate(traces) if t.valid]
-    return max(valid, default=None, key=lambda i: (
-        traces[i].validation_score is not None,
-        sign * (traces[i].validation_score or 0.0)))
+    return max(valid, default=None, key=lambda i: standing(claim(traces[i], competition)))
 
 
 def run_agent(competition: Competition, seed: int, engine, sandbox, prompter: Prompter,

@@ -175,13 +175,11 @@ class AdaptiveSampler:
     # ---- the tasks
 
     def add(self, task_id: str, competition_id: str, operator: str,
-            prior_rewards: Sequence[float] | None = None,
-            parent_reward: float | None = None) -> None:
+            prior_rewards: Sequence[float] | None = None) -> None:
         """Make a task drawable.
 
         Args:
             prior_rewards: of the group that the task's parent trace is from; None for a root.
-            parent_reward: base reward of the parent trace; None: the best of `prior_rewards`.
 
         Raises ValueError for an id that is there already, an unknown operator, or a reward that is
         not finite.
@@ -190,10 +188,9 @@ class AdaptiveSampler:
             raise ValueError(f"task {task_id!r} is in the sampler already")
         if operator not in self.operators:
             raise ValueError(f"unknown operator {operator!r}; know {', '.join(self.operators)}")
-        mean, std = self.prior(competition_id, operator, prior_rewards, parent_reward)
+        mean, std = self.prior(competition_id, operator, prior_rewards)
         if not math.isfinite(mean + std):
-            raise ValueError(f"the prior of {task_id} has to be of finite numbers: {prior_rewards}, "
-                             f"{parent_reward}")
+            raise ValueError(f"the prior of {task_id} has to be of finite numbers: {prior_rewards}")
         if competition_id not in self.competitions:
             self.competitions.append(competition_id)
             self.levels.append(list(FIRST_LEVEL))
@@ -210,26 +207,23 @@ class AdaptiveSampler:
         self._place(row, competition, self.operators.index(operator))
         self._write(row, mean, std, self.prior_strength, visits=0, last=NEVER)
 
-    def prior(self, competition_id: str, operator: str, rewards: Sequence[float] | None = None,
-              parent_reward: float | None = None) -> tuple[float, float]:
+    def prior(self, competition_id: str, operator: str,
+              rewards: Sequence[float] | None = None) -> tuple[float, float]:
         """Mean and standard deviation assumed of a task before its first visit.
 
         A root takes its competition's level: the mean over its groups, whatever their operators,
         recency-weighted from the tenth on (`LEVEL_RATE`). The level starts as learnable as a group
-        can be, and this start counts as one group. A child's standard deviation lies half-way
-        between the level's and that of the parent's group, which in training is part of the level
-        by then; its mean is for
-
-            improve, crossover  the (better) parent's reward: what a script as good as that earns
-            debug    half-way between the level's and that of the parent's group: whoever writes
-                     half of the drafts right can probably mend some of the other half
+        can be, and this start counts as one group. So does a child, but that its standard deviation
+        lies half-way between the level's and that of the parent's group, which in training is part
+        of the level by then; and so does the mean of a debug task: whoever writes half of the
+        drafts right can probably mend some of the other half.
 
         >>> sampler = AdaptiveSampler()
         >>> sampler.prior("titanic", "draft")
         (0.25, 0.4330127018922193)
-        >>> sampler.prior("titanic", "improve", [0.0, 0.75], 0.75)
-        (0.75, 0.40400635094610965)
-        >>> sampler.prior("titanic", "debug", [0.0, 0.75], 0.0)
+        >>> sampler.prior("titanic", "improve", [0.0, 0.75])
+        (0.25, 0.40400635094610965)
+        >>> sampler.prior("titanic", "debug", [0.0, 0.75])
         (0.3125, 0.40400635094610965)
         """
         mean, std, _ = (self.levels[self.competitions.index(competition_id)]
@@ -240,8 +234,6 @@ class AdaptiveSampler:
             std = (std + group_std) / 2
             if operator == "debug":
                 mean = (mean + group_mean) / 2
-            elif operator != "draft":
-                mean = float(rewards.max() if parent_reward is None else parent_reward)
         return mean, std
 
     def remove(self, task_id: str) -> None:
@@ -598,8 +590,7 @@ def main() -> None:
     print("\nA failed draft of `frontier` opens a debug task. Its prior lies half-way between its")
     print("  competition's level (mean (0.25 + 0.5)/2, std (0.433 + 0.5)/2) and the group's.")
     print("  It is awake (cool 1), the others were just visited (1/5):")
-    sampler.add("frontier/debug/a", "frontier", "debug", prior_rewards=[0, 1, 0, 1],
-                parent_reward=0.0)
+    sampler.add("frontier/debug/a", "frontier", "debug", prior_rewards=[0, 1, 0, 1])
     show(sampler)
     print("\nTwo draws without replacement:", sampler.draw(2), "(now in flight: probability 0)")
     show(sampler)

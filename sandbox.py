@@ -6,7 +6,7 @@ do not describe the sandbox, so nearly everything here is our choice:
 
 1. [paper] A step's feedback is the execution of one script and its MLE-bench grade.
 2. [ours]  Reward: 0 for nothing usable, 0.05 for a refused submission, 0.1 + 0.9 * human rank for
-           a valid one; `improve` adds half of the gain over the parent (`step_reward`).
+           a valid one; `improve` is paid for what it gains on its parent (`step_reward`).
 3. [ours]  Speed: scripts are forked from a server that has already imported pandas and
            scikit-learn. A run that imports them takes about 0.02 times what `python script.py`
            takes, nearly all of it imports (tests/bench_sandbox.py).
@@ -640,20 +640,32 @@ def base_reward(execution: Execution, kind: str = "rank") -> float:
 
 
 def step_reward(
-    base: float, operator: str, parent_base: float | None = None, unchanged: bool = False
+    base: float, operator: str, parent_base: float | None = None, unchanged: bool = False,
+    preferred: bool = True,
 ) -> float:
-    """The step's reward: `improve` and `crossover` add half of the gain over the (better) parent;
-    a copy of a parent earns 0.
+    """The step's reward in [0, 1] [ours]: `draft` and `debug` earn the base reward of their script,
+    `improve` and `crossover` 0.1 for a valid script and what an agent gains that had the (better)
+    parent before. A copy of a parent earns 0.
 
-    >>> step_reward(0.5, "draft"), step_reward(0.5, "improve", 0.3)
-    (0.5, 0.6)
+    An agent goes on with the script that prints the best validation score. `preferred` says that
+    the child claims to be better than its parent: then it takes the parent's place, for better or
+    worse. Otherwise it has cost a step and nothing else, however bad it is; paid for the base
+    reward of each child, a policy learns edits that are safe.
+
+    >>> step_reward(0.5, "draft"), step_reward(0.75, "improve", 0.5)
+    (0.5, 0.35)
+    >>> step_reward(0.3, "improve", 0.5, preferred=False)
+    0.1
+    >>> step_reward(0.3, "improve", 0.5)  # its validation score is not true
+    0.0
     >>> step_reward(0.9, "improve", 0.9, unchanged=True)
     0.0
     """
     if unchanged:
         return 0.0
     if operator in ("improve", "crossover") and parent_base is not None:
-        return min(1.0, base + 0.5 * max(base - parent_base, 0.0))
+        gain = base - parent_base if preferred else 0.0
+        return min(max(min(base, 0.1) + gain, 0.0), 1.0)
     return base
 
 

@@ -134,10 +134,8 @@ class Config:
     advantage: str = opt("dr_grpo", "group-relative advantage: with (grpo) or without (dr_grpo) "
                                     "division by the standard deviation",
                          choices=["grpo", "dr_grpo"])
-    distinct: bool = opt(True, "equal scripts of a group count as one in its advantages, which "
-                               "keeps exploration alive")
-    best_of: int = opt(1, "k: reinforce what a response adds to the best of k of its group, since "
-                          "an agent keeps its best script (with --no-distinct); 1: its reward")
+    best_of: int = opt(3, "k: reinforce what a response adds to the one of k of its group that an "
+                          "agent would choose, by printed validation score; 1: its reward, as GRPO")
     loss: str = opt("dr_grpo", "policy loss", choices=["grpo", "dr_grpo", "dapo", "gspo", "cispo"])
     clip_low: float = opt(0.2, "the ratio is clipped below at 1 - this; gspo, whose ratio is a "
                                "geometric mean, wants 3e-4, and 4e-4 above")
@@ -148,13 +146,10 @@ class Config:
                               "instead, and nothing is clipped")
     kl_coef: float = opt(0.0, "weight of the KL divergence to the initial policy; 0: no reference")
     kl_kind: str = opt("k3", "estimator of that KL", choices=["k2", "k3"])
-    entropy_coef: float = opt(0.002, "weight of the entropy bonus")
+    entropy_coef: float = opt(0.0005, "weight of the entropy bonus")
     temperature: float = opt(1.0, "sampling temperature; it divides the learner's logits too")
     reward: str = opt("rank", "what a valid submission earns: human rank, milestones, medals only",
                       choices=["rank", "milestone", "medal"])
-    gap_penalty: float = opt(0.5, "reward lost when a script's printed validation score, by which "
-                                  "the agent chooses, differs from its test score: times the "
-                                  "difference of their human ranks; 0: off")
     # --- what to train on
     sampler: str = opt("lp", "task score: Learnability Potential or an alternative",
                        choices=["lp", "variance", "regret", "uniform"])
@@ -207,11 +202,10 @@ SMALL = dict(
     model="Qwen/Qwen3-8B", competitions="examples/mlebench_medium.txt", heldout="lite",
     steps=400, groups=16, responses=8, eval_drafts=0, rollout_threads=16, sandbox_slots=16,
     learning_rate=1e-6, warmup_steps=10, decay=False, max_grad_norm=1.0, entropy_coef=0.0,
-    token_budget=32768, learner_dtype="bfloat16", activation_checkpointing=True,
+    best_of=1, token_budget=32768, learner_dtype="bfloat16", activation_checkpointing=True,
     engine_dtype="bfloat16", max_model_len=24576, max_response_tokens=8192, max_num_seqs=128,
     kv_cache_gib=0.0, logprob_gap_limit=0.1, description_chars=12000, preview_chars=6000,
-    output_chars=4000, timeout=3600.0, cpu_seconds=14400.0, memory_mb=32768, disk_mb=16384,
-    gap_penalty=0.0)
+    output_chars=4000, timeout=3600.0, cpu_seconds=14400.0, memory_mb=32768, disk_mb=16384)
 PRESETS = {
     "tiny": {},  # the defaults above: a 2M-parameter policy on two CPU cores
     "small": SMALL,
@@ -326,7 +320,7 @@ BOUNDS = (
      "cpu_seconds"),
     (lambda x: x >= 0, "at least 0",
      "seed eval_drafts max_staleness watchdog clip_low clip_high tis_cap kl_coef entropy_coef "
-     "gap_penalty max_depth frontier epsilon warmup_steps kv_cache_gib description_chars "
+     "max_depth frontier epsilon warmup_steps kv_cache_gib description_chars "
      "preview_chars output_chars sandbox_delay reuse_mb"),
     (lambda x: x >= 0.05, "at least 0.05", "tau"),
 )
@@ -537,8 +531,7 @@ class Curriculum:
         for task_id in evicted:
             self.sampler.remove(task_id)
         for task in admitted:
-            self.sampler.add(task.id, task.competition_id, task.operator, prior_rewards=rewards,
-                             parent_reward=task.parent.base_reward)
+            self.sampler.add(task.id, task.competition_id, task.operator, prior_rewards=rewards)
 
     def watch_grader(self, group: Group) -> None:
         """Say so when a competition refuses everything: perhaps it is its grader that is broken."""
@@ -701,15 +694,14 @@ def make_batch(results: list[Result], config: Config) -> list:
 
     from grpo import best_of, group_advantages
     from learner import Sequence
+    from rollout import standing
 
     sequences = []
     for group in (r.group for r in results):
         rewards = torch.tensor(group.rewards, dtype=torch.float64)[None]  # (1, G)
-        # A response without code equals no other one.
-        keys = [trace.code_key or trace.id for trace in group.traces]
-        copies = torch.tensor([keys.count(key) for key in keys])[None] if config.distinct else None
-        rewards = best_of(rewards, config.best_of)
-        advantages = group_advantages(rewards, config.advantage, copies=copies)[0]  # (G,)
+        claims = torch.tensor([[standing(t.claim) for t in group.traces]], dtype=torch.float64)
+        rewards = best_of(rewards, config.best_of, claims)
+        advantages = group_advantages(rewards, config.advantage)[0]  # (G,)
         if not advantages.any():
             continue
         for trace, advantage in zip(group.traces, advantages.tolist()):
@@ -1075,7 +1067,7 @@ def serve_rollouts(config: Config, rank: int, connect, engine, sandbox, prompter
     worker = RolloutWorker(
         connect("tasks"), connect("results"), engine, sandbox, prompter,
         RolloutConfig(config.max_response_tokens, config.temperature, config.reward,
-                      config.timeout, config.gap_penalty),
+                      config.timeout),
         threads=config.rollout_threads, slots=config.sandbox_slots, on_error=ended.put)
     doing["now"] = worker.describe
 

@@ -36,7 +36,7 @@ def main() -> None:
     def add(sampler, task_id, rewards):
         competition, operator = task_id.split("/")[:2]
         operator = operator if len(sampler) < 75 else ("improve", "debug")[len(task_id) % 2]
-        sampler.add(task_id, competition, operator, rewards, rewards[0])
+        sampler.add(task_id, competition, operator, rewards)
 
     # tracemalloc slows Python down several times: memory is measured in a pass of its own
     tracemalloc.start()

@@ -48,7 +48,8 @@ class FakePrompter:
     tokenizer = FakeTokenizer()
 
     def __init__(self, competition_ids, budget=PromptBudget()):
-        self.competitions = {c: SimpleNamespace(id=c) for c in competition_ids}
+        self.competitions = {c: SimpleNamespace(id=c, lower_is_better=False)
+                             for c in competition_ids}
         self.budget = budget
 
     def __call__(self, task, memory=""):

@@ -258,45 +258,43 @@ def test_degenerate_groups_give_exact_zeros(kind):
     assert torch.equal(grpo.group_advantages(torch.tensor([[0.4]]), kind), torch.zeros(1, 1))
 
 
-@pytest.mark.parametrize("kind", grpo.ADVANTAGES)
-def test_equal_answers_count_as_one(kind):
-    """Copies share the advantage that their answer has in the group of the distinct answers."""
-    distinct = grpo.group_advantages(torch.tensor([[0.2, 0.9, 0.4]], dtype=torch.float64), kind)[0]
-    rewards = torch.tensor([[0.2, 0.9, 0.9, 0.9, 0.4]], dtype=torch.float64)
-    copies = torch.tensor([[1, 3, 3, 3, 1]])
-    a, b, c = distinct.tolist()
-    found = grpo.group_advantages(rewards, kind, copies=copies)[0]
-    assert found.tolist() == pytest.approx([a, b / 3, b / 3, b / 3, c])
-    if kind == "dr_grpo":  # by hand: the mean is 0.5
-        assert found.tolist() == pytest.approx([-0.3, 0.4 / 3, 0.4 / 3, 0.4 / 3, -0.1])
-
-
+@pytest.mark.parametrize("claimed", [False, True])
 @pytest.mark.parametrize("k", range(1, 7))
-def test_best_of_counts_all_choices_of_the_others(k):
-    rewards = torch.rand(3, 6, generator=torch.Generator().manual_seed(k), dtype=torch.float64)
+def test_best_of_counts_all_choices_of_the_others(k, claimed):
+    generator = torch.Generator().manual_seed(k)
+    rewards = torch.rand(3, 6, generator=generator, dtype=torch.float64)
     rewards[0, 4] = rewards[0, 1]  # a tie
-    found = grpo.best_of(rewards, k)
-    for row, expected in zip(found.tolist(), rewards.tolist()):
-        for i in range(6) if k > 1 else ():
-            others = itertools.combinations(expected[:i] + expected[i + 1:], k - 1)
-            added = [max(expected[i] - max(chosen), 0) for chosen in others]
-            assert row[i] == pytest.approx(sum(added) / len(added), abs=1e-12)
+    claims = torch.rand(3, 6, generator=generator, dtype=torch.float64) if claimed else rewards
+    claims[1, 3] = claims[1, 0]  # another: the later one is chosen
+    found = grpo.best_of(rewards, k, claims if claimed else None)
+    for row in range(3) if k > 1 else ():
+        def rank(i, row=row):
+            return claims[row, i].item(), i
+
+        for i in range(6):
+            choices = itertools.combinations([j for j in range(6) if j != i], k - 1)
+            rivals = [max(chosen, key=rank) for chosen in choices]
+            added = [(rewards[row, i] - rewards[row, j]).item() if rank(i) > rank(j) else 0.0
+                     for j in rivals]
+            assert found[row, i].item() == pytest.approx(sum(added) / len(added), abs=1e-12)
     assert k > 1 or torch.equal(found, rewards)
 
 
-def test_best_of_follows_the_gradient_of_the_expected_best():
+@pytest.mark.parametrize("claims", [None, [0.7, 0.9, 0.1, 0.8]])
+def test_best_of_follows_the_gradient_of_what_is_chosen(claims):
     """Exactly, over all groups of three that a policy of four answers can give: the advantages'
-    policy gradient is that of E[best of k]."""
+    policy gradient is that of E[reward of the one of k with the highest claim]."""
     values = torch.tensor([0.0, 0.2, 0.5, 0.9], dtype=torch.float64)
+    claims = values if claims is None else torch.tensor(claims, dtype=torch.float64)
     logits = torch.tensor([0.4, 0.1, -0.3, -1.0], dtype=torch.float64, requires_grad=True)
     for k in (2, 3):
         logprobs = logits.log_softmax(0)
-        best = sum(logprobs[list(c)].sum().exp() * values[list(c)].max()
-                   for c in itertools.product(range(4), repeat=k))
-        (expected,) = torch.autograd.grad(best, logits, retain_graph=True)
+        chosen = sum(logprobs[list(c)].sum().exp() * values[max(c, key=claims.__getitem__)]
+                     for c in itertools.product(range(4), repeat=k))
+        (expected,) = torch.autograd.grad(chosen, logits, retain_graph=True)
         surrogate = 0.0
         for c in map(list, itertools.product(range(4), repeat=3)):
-            advantages = grpo.best_of(values[c][None], k)[0]
+            advantages = grpo.best_of(values[c][None], k, claims[c][None])[0]
             probability = logprobs[c].sum().exp().detach()
             surrogate = surrogate + probability * (advantages * logprobs[c]).sum() / 3
         (found,) = torch.autograd.grad(surrogate, logits)

@@ -332,8 +332,8 @@ def test_improve_pays_for_beating_the_parent_and_not_for_copying_it():
     group = roll(Task(f"toy/improve/{parent.id}", "toy", "improve", 1, parent)).group
     for trace in group.traces:
         if trace.valid:
-            bonus = 0.5 * max(trace.base_reward - parent.base_reward, 0)
-            expected = min(trace.base_reward + bonus, 1) * (trace.code_key != parent.code_key)
+            gain = max(trace.base_reward - parent.base_reward, 0)  # claims are true here
+            expected = (0.1 + gain) * (trace.code_key != parent.code_key)
             assert trace.reward == pytest.approx(expected)
 
 
@@ -343,11 +343,12 @@ def test_a_crossover_pays_for_beating_the_better_parent_and_not_for_copying_eith
     task = Task("toy/crossover/x", "toy", "crossover", 1, better, second=other)
     traces = roll(task).group.traces
     for trace in traces:
-        bonus = 0.5 * max(trace.base_reward - better.base_reward, 0)
-        assert trace.reward == pytest.approx(min(trace.base_reward + bonus, 1) if trace.valid else 0)
+        gain = max(trace.base_reward - better.base_reward, 0)
+        assert trace.reward == pytest.approx(0.1 + gain if trace.valid else 0)
     assert any(t.base_reward > better.base_reward for t in traces)
     for copied in (better, other):
-        again = rollout.execute(dataclasses.replace(copied), task, SimpleNamespace(id="toy"),
+        again = rollout.execute(dataclasses.replace(copied), task,
+                                SimpleNamespace(id="toy", lower_is_better=False),
                                 FakeSandbox(), RolloutConfig())
         assert again.valid and again.reward == 0
 
@@ -672,23 +673,33 @@ def test_standard_error_over_seeds_has_ddof_1():
     assert totals["valid_rate"] == {"mean": 1.0, "sem": 0.0}
 
 
-def test_the_penalty_for_a_printed_score_unlike_the_test_score():
-    competition = SimpleNamespace(id="toy", human_rank=lambda score: min(max(score, 0.0), 1.0))
+@pytest.mark.parametrize("lower", [False, True])
+def test_an_improve_step_is_paid_for_what_an_agent_gains_by_its_claim(lower):
+    competition = SimpleNamespace(id="toy", lower_is_better=lower)
+    sign = -1.0 if lower else 1.0
+    parent = Trace("p", "", "toy", "draft", code="p", code_key="p", valid=True, claim=0.5,
+                   base_reward=0.55)
+    task = Task("toy/improve/p", "toy", "improve", depth=1, parent=parent)
 
-    def reward(penalty, printed, rank=0.6, valid=True):
+    def improve(rank, printed, valid=True):
         run = Execution("ok" if valid else "invalid", valid=valid, human_rank=rank,
-                        validation_score=printed)
+                        validation_score=None if printed is None else sign * printed)
         sandbox = SimpleNamespace(run=lambda *_, **__: run)
-        trace = Trace("a", "", "toy", "draft", code="x")
-        config = RolloutConfig(gap_penalty=penalty)
-        return rollout.execute(trace, Task.root("toy"), competition, sandbox, config).reward
+        return rollout.execute(Trace("a", "", "toy", "improve", code="x", code_key="x"), task,
+                               competition, sandbox, RolloutConfig())
 
-    assert reward(0.0, 1.0) == reward(0.5, 0.6) == pytest.approx(0.64)
-    assert reward(0.5, 0.8) == reward(0.5, 0.4) == pytest.approx(0.64 - 0.1)
-    assert reward(0.5, 99.0) == pytest.approx(0.64 - 0.2)
-    assert reward(0.5, None) == pytest.approx(0.14)  # silence is no way out
-    assert reward(9.0, None) == pytest.approx(0.1)  # and still better than an invalid file
-    assert reward(9.0, 1.0, valid=False) == 0.05
+    assert improve(0.7, 0.6).claim == 0.6 and improve(0.7, None).claim is None
+    assert improve(0.7, 0.6).reward == pytest.approx(0.1 + 0.73 - 0.55)
+    assert improve(0.7, 0.5).reward == 0.1  # as good as the parent, as far as the agent knows
+    assert improve(0.2, 0.4).reward == 0.1  # worse, and known to be
+    assert improve(0.45, 0.6).reward == pytest.approx(0.1 + 0.505 - 0.55)  # worse, and taken
+    assert improve(0.2, 0.6).reward == 0.0
+    assert improve(0.9, None).reward == 0.1  # silence is no way out
+    refused = improve(0.0, 0.9, valid=False)
+    assert refused.claim is None and refused.reward == refused.base_reward == 0.05
+    parent.claim = None  # a silent parent gives way to all that speak
+    assert improve(0.7, 0.1).reward == pytest.approx(0.1 + 0.73 - 0.55)
+    assert improve(0.7, None).reward == 0.1
 
 
 # -- flags

@@ -295,8 +295,18 @@ def test_rewards():
     assert [base_reward(e, "medal") for e in steps] == pytest.approx([0, 0, 1 / 3, 2 / 3, 1])
     with pytest.raises(ValueError, match="kind"):
         base_reward(run(), "fame")
-    assert step_reward(0.5, "improve", 0.7) == 0.5
-    assert step_reward(0.95, "improve", 0.1) == 1.0
+    # 0.1 for a valid script and what is gained where it takes its parent's place
+    assert step_reward(0.5, "improve", 0.7, preferred=False) == 0.1
+    assert step_reward(0.9, "improve", 0.7, preferred=False) == 0.1
+    assert step_reward(0.7, "crossover", 0.7) == 0.1
+    assert step_reward(0.8, "improve", 0.6) == pytest.approx(0.3)
+    assert step_reward(0.65, "improve", 0.7) == pytest.approx(0.05)
+    assert step_reward(0.5, "improve", 0.7) == 0.0
+    assert step_reward(1.0, "improve", 0.1) == pytest.approx(1.0)
+    assert step_reward(0.05, "improve", 0.7, preferred=False) == 0.05
+    assert step_reward(0.0, "improve", 0.7, preferred=False) == 0.0
+    # --reward medal: no medal, as its parent; gold at once
+    assert step_reward(0.0, "improve", 0.0) == 0.0 and step_reward(1.0, "improve", 0.0) == 1.0
     assert step_reward(0.5, "debug", 0.0) == 0.5
     assert step_reward(0.5, "debug", 0.0, unchanged=True) == 0.0
 

@@ -178,9 +178,9 @@ def test_runs_made_before_and_after_a_default_changed_are_not_mixed(folders, tmp
     study.main(arguments(folders, tmp_path))
     capsys.readouterr()
     monkeypatch.setattr(study, "Config", dataclasses.make_dataclass(
-        "Config", [("gap_penalty", float, 0.9)], bases=(study.Config,)))
+        "Config", [("tau", float, 0.9)], bases=(study.Config,)))
     assert study.main(arguments(folders, tmp_path)) == 2
-    assert "default gap_penalty 0.5, not 0.9" in capsys.readouterr().err
+    assert "default tau 1.0, not 0.9" in capsys.readouterr().err
 
 
 def test_other_competitions_under_the_same_name_are_not_mixed(folders, tmp_path, programs, capsys):

@@ -210,27 +210,14 @@ def test_groups_without_signal_are_not_trained_on_but_count():
     worker.join()
 
 
-def test_equal_scripts_of_a_group_count_as_one():
-    """Three copies of a script and two responses without code, which are no copies."""
-    rewards, keys = (0.9, 0.9, 0.9, 0.3, 0.0, 0.0), ("a", "a", "a", "b", "", "")
-    traces = [Trace(f"t{i}", "toy/draft", "toy", "draft", code_key=key, reward=reward)
-              for i, (reward, key) in enumerate(zip(rewards, keys))]
-    result = SimpleNamespace(group=Group(Task.root("toy"), traces))
-    found = [s.advantage for s in make_batch([result], make_config())]
-    # The mean of 0.9, 0.3, 0 and 0 is 0.3; with all copies it is 0.5.
-    assert found == pytest.approx([0.2, 0.2, 0.2, 0.0, -0.3, -0.3], abs=1e-6)
-    found = [s.advantage for s in make_batch([result], make_config(distinct=False))]
-    assert found == pytest.approx([0.4, 0.4, 0.4, -0.2, -0.5, -0.5])
-
-
-def test_what_counts_is_what_a_response_adds_to_the_best_of_three():
-    """A second copy of the best adds nothing to the first; one that stands alone adds most."""
-    def advantages(rewards, best_of=3):
-        traces = [Trace(f"t{i}", "toy/draft", "toy", "draft", reward=reward)
-                  for i, reward in enumerate(rewards)]
+def test_what_counts_is_what_a_response_adds_to_the_one_of_three_that_is_chosen():
+    """A second copy of the best adds nothing to the first; one that stands alone adds most; one
+    that claims more than it is worth costs the reward of what it pushes out."""
+    def advantages(rewards, claims=None, **options):
+        traces = [Trace(f"t{i}", "toy/draft", "toy", "draft", reward=reward, claim=claim)
+                  for i, (reward, claim) in enumerate(zip(rewards, claims or rewards))]
         result = SimpleNamespace(group=Group(Task.root("toy"), traces))
-        config = make_config(distinct=False, best_of=best_of)
-        return [s.advantage for s in make_batch([result], config)]
+        return [s.advantage for s in make_batch([result], make_config(**options))]
 
     # 0.9 against two of (0.9, 0.3, 0): only in one of three cases without the other 0.9, it adds
     # 0.6, on average 0.2; 0.3 always meets a 0.9. The mean is 0.1.
@@ -238,6 +225,10 @@ def test_what_counts_is_what_a_response_adds_to_the_best_of_three():
     assert advantages((0.9, 0.3, 0.3, 0.3)) == pytest.approx([0.45, -0.15, -0.15, -0.15])
     assert advantages((0.9, 0.9, 0.9, 0.0)) == []  # of three there is always another 0.9
     assert advantages((0.9, 0.9, 0.3, 0.1), best_of=1) == pytest.approx([0.35, 0.35, -0.25, -0.45])
+    # The first pushes out 0.9, 0.9 and 0.3: -0.4 on average. 0.9 is chosen only where the first is
+    # not there, over 0.3, and adds 0.6: 0.2. The mean is -0.05.
+    assert advantages((0.3, 0.9, 0.3, 0.0), (8.0, 2.0, 1.0, None)) == pytest.approx(
+        [-0.35, 0.25, 0.05, 0.05])
 
 
 def test_a_failing_rollout_stops_the_learner():
