@@ -90,13 +90,13 @@ class Trace:
     seconds: float = 0.0  # wall-clock of the execution
     output: str = ""  # its tail, as a debug prompt shows it
     validation_score: float | None = None  # what the script printed about itself
-    claim: float | None = None  # the same, such that higher is better; None: not valid, or silent
+    claim: float | None = None  # what an agent chooses by (rollout.claim); None: not valid
     valid: bool = False  # the grader accepted the submission
     score: float | None = None  # the competition's metric, on the private answers
     medal: str = "none"  # gold | silver | bronze | none
     human_rank: float = 0.0
     base_reward: float = 0.0  # of the outcome alone
-    reward: float = 0.0  # of the step: for improve and crossover what it gains on the parent
+    reward: float = 0.0  # of the step (sandbox.step_reward): what the policy is trained on
     reason: str = ""  # why it failed, in a line
     isolation: str = ""  # what confined the execution; "unsafe (...)" when something was missing
     reused: bool = False  # not executed: an equal script had been, on the same competition

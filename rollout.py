@@ -775,20 +775,23 @@ def execute(trace: Trace, task: Task, competition: Competition, sandbox: Sandbox
     describe_run(trace, run)
     trace.claim = claim(trace, competition)
     trace.base_reward = base_reward(run, config.reward)
+    held = max(task.parents, key=lambda parent: standing(parent.claim), default=None)
     trace.reward = step_reward(
         trace.base_reward, task.operator,
-        parent_base=task.parent.base_reward if task.parent else None,
+        parent_base=held.base_reward if held else None,
         unchanged=trace.code_key in [parent.code_key for parent in task.parents],
-        preferred=task.parent is None or standing(trace.claim) > standing(task.parent.claim),
+        preferred=held is None or standing(trace.claim) > standing(held.claim),
     )
     return trace
 
 
 def claim(trace: Trace, competition: Competition) -> float | None:
     """What an agent chooses by: the validation score that a script printed, such that higher is
-    better. None without a valid submission, or when nothing was printed."""
-    if not trace.valid or trace.validation_score is None:
+    better, and the lowest number that there is when it printed none. None: nothing to hand in."""
+    if not trace.valid:
         return None
+    if trace.validation_score is None:
+        return -sys.float_info.max
     return -trace.validation_score if competition.lower_is_better else trace.validation_score
 
 
@@ -1042,7 +1045,7 @@ def choose_best(competition: Competition, traces: list[Trace]) -> int | None:
     """Position of the valid trace with the best printed validation score; one that printed none
     only when there is no other. Ties: the earliest."""
     valid = [i for i, t in enumerate(traces) if t.valid]
-    return max(valid, default=None, key=lambda i: standing(claim(traces[i], competition)))
+    return max(valid, default=None, key=lambda i: claim(traces[i], competition))
 
 
 def run_agent(competition: Competition, seed: int, engine, sandbox, prompter: Prompter,
@@ -1093,6 +1096,7 @@ def run_agent(competition: Competition, seed: int, engine, sandbox, prompter: Pr
             if execution.status == "refused":
                 raise CompetitionError(f"{competition.id}: {execution.reason}")
             describe_run(trace, execution)
+            trace.claim = claim(trace, competition)
             submission = execution.submission
         run.add(trace, design_of(text), (time.monotonic() - started) / 3600, submission)
         progress(1)

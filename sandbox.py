@@ -644,13 +644,13 @@ def step_reward(
     preferred: bool = True,
 ) -> float:
     """The step's reward in [0, 1] [ours]: `draft` and `debug` earn the base reward of their script,
-    `improve` and `crossover` 0.1 for a valid script and what an agent gains that had the (better)
-    parent before. A copy of a parent earns 0.
+    `improve` and `crossover` at most 0.1 of it, and what an agent gains that had the parent before
+    (of two parents, the one that it would choose). A copy of a parent earns 0.
 
     An agent goes on with the script that prints the best validation score. `preferred` says that
     the child claims to be better than its parent: then it takes the parent's place, for better or
-    worse. Otherwise it has cost a step and nothing else, however bad it is; paid for the base
-    reward of each child, a policy learns edits that are safe.
+    worse. Otherwise it has cost a step; paid for the base reward of each child, a policy learns
+    edits that are safe.
 
     >>> step_reward(0.5, "draft"), step_reward(0.75, "improve", 0.5)
     (0.5, 0.35)

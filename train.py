@@ -276,7 +276,10 @@ def load_config(run_dir: Path) -> dict:
     """The config.json of a run that is resumed."""
     try:
         saved = json.loads((run_dir / "config.json").read_text())
-        config = Config(**{"frontier": 0, **saved})  # older runs had no limit
+        if unknown := set(saved) - {f.name for f in dataclasses.fields(Config)}:
+            raise ValueError("it is of another version of train.py, which had "
+                             + ", ".join(sorted(unknown)) + ": start a new run")
+        config = Config(**saved)
         for f in dataclasses.fields(Config):
             value, choices = getattr(config, f.name), f.metadata.get("choices")
             # JSON may have a whole number where a float is meant.

@@ -26,7 +26,7 @@ How the numbers are made (everything here is [ours]):
    training seeds, both drawn anew, and so speaks of other competitions and other runs. With few
    seeds it is too narrow: it takes the spread of S seeds for that of all, which is short by a
    factor of sqrt(1 - 1/S); with one it speaks of other competitions alone.
-4. Groups without gradient: all G rewards equal, counted over the whole run.
+4. Groups without gradient: all G advantages 0, counted over the whole run.
 5. Minutes: the training steps alone, without start and evaluation.
 6. "First script": human rank had the agent handed in its first script, a draft. It says what one
    answer of the policy is worth; twenty tries and a choice among them make up for much.

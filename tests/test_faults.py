@@ -727,7 +727,7 @@ def test_a_directory_of_another_run_is_not_resumed_by_a_restart(world, monkeypat
 def test_executions_may_outlast_the_timeout_of_collectives(world, execution, timeout):
     """As 15 minutes and 60 s would: no rank waits for a rollout inside a collective operation."""
     flags = command(world, learner_ranks=2, collective_timeout=timeout, steps=1, responses=2,
-                    groups=1, eval_drafts=0)
+                    best_of=1, groups=1, eval_drafts=0)
     run = launch(world, torchrun(3) + flags, execution_seconds=execution)
     run.finish(300)
     metrics = world.assert_good(steps=1)

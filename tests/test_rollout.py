@@ -328,8 +328,9 @@ def test_a_group_carries_what_the_learner_needs():
 
 def test_improve_pays_for_beating_the_parent_and_not_for_copying_it():
     first = roll(Task.root("toy")).group.traces
-    parent = next(t for t in first if t.valid)
+    parent = min((t for t in first if t.valid), key=lambda t: t.base_reward)
     group = roll(Task(f"toy/improve/{parent.id}", "toy", "improve", 1, parent)).group
+    assert any(t.base_reward > parent.base_reward for t in group.traces)
     for trace in group.traces:
         if trace.valid:
             gain = max(trace.base_reward - parent.base_reward, 0)  # claims are true here
@@ -681,14 +682,14 @@ def test_an_improve_step_is_paid_for_what_an_agent_gains_by_its_claim(lower):
                    base_reward=0.55)
     task = Task("toy/improve/p", "toy", "improve", depth=1, parent=parent)
 
-    def improve(rank, printed, valid=True):
+    def improve(rank, printed, valid=True, task=task):
         run = Execution("ok" if valid else "invalid", valid=valid, human_rank=rank,
                         validation_score=None if printed is None else sign * printed)
         sandbox = SimpleNamespace(run=lambda *_, **__: run)
         return rollout.execute(Trace("a", "", "toy", "improve", code="x", code_key="x"), task,
                                competition, sandbox, RolloutConfig())
 
-    assert improve(0.7, 0.6).claim == 0.6 and improve(0.7, None).claim is None
+    assert improve(0.7, 0.6).claim == 0.6 and improve(0.7, None).claim == -sys.float_info.max
     assert improve(0.7, 0.6).reward == pytest.approx(0.1 + 0.73 - 0.55)
     assert improve(0.7, 0.5).reward == 0.1  # as good as the parent, as far as the agent knows
     assert improve(0.2, 0.4).reward == 0.1  # worse, and known to be
@@ -697,9 +698,15 @@ def test_an_improve_step_is_paid_for_what_an_agent_gains_by_its_claim(lower):
     assert improve(0.9, None).reward == 0.1  # silence is no way out
     refused = improve(0.0, 0.9, valid=False)
     assert refused.claim is None and refused.reward == refused.base_reward == 0.05
-    parent.claim = None  # a silent parent gives way to all that speak
+    parent.claim = -sys.float_info.max  # a silent parent gives way to all that speak
     assert improve(0.7, 0.1).reward == pytest.approx(0.1 + 0.73 - 0.55)
     assert improve(0.7, None).reward == 0.1
+    # Of two parents an agent holds the one that claims more, though it is the worse one.
+    parent.claim = 0.5
+    other = dataclasses.replace(parent, code_key="q", base_reward=0.3, claim=0.65)
+    crossover = dataclasses.replace(task, operator="crossover", second=other)
+    assert improve(0.7, 0.6, task=crossover).reward == 0.1
+    assert improve(0.7, 0.7, task=crossover).reward == pytest.approx(0.1 + 0.73 - 0.3)
 
 
 # -- flags

@@ -229,6 +229,9 @@ def test_what_counts_is_what_a_response_adds_to_the_one_of_three_that_is_chosen(
     # not there, over 0.3, and adds 0.6: 0.2. The mean is -0.05.
     assert advantages((0.3, 0.9, 0.3, 0.0), (8.0, 2.0, 1.0, None)) == pytest.approx(
         [-0.35, 0.25, 0.05, 0.05])
+    silent = -sys.float_info.max  # valid without a printed score: better than nothing valid
+    assert advantages((0.6, 0.0, 0.0), (silent, None, None)) == pytest.approx([0.4, -0.2, -0.2])
+    assert advantages((0.0, 0.0, 0.6), (None, None, silent)) == pytest.approx([-0.2, -0.2, 0.4])
 
 
 def test_a_failing_rollout_stops_the_learner():
@@ -721,9 +724,10 @@ def test_a_dry_run_refuses_an_engine_without_room_for_one_sequence():
         engine_plan(model, dataclasses.replace(config, kv_cache_gib=90.0), 8_190_735_360, 79 << 30)
 
 
-def test_a_run_from_before_the_frontier_goes_on_without_it(tmp_path):
+def test_a_run_of_another_version_is_not_resumed(tmp_path):
     saved = dataclasses.asdict(Config())
     (tmp_path / "config.json").write_text(json.dumps(saved))
-    assert train.load_config(tmp_path)["frontier"] == saved.pop("frontier") == 8
-    (tmp_path / "config.json").write_text(json.dumps(saved))
-    assert train.load_config(tmp_path)["frontier"] == 0
+    assert train.load_config(tmp_path) == saved | {"run_dir": str(tmp_path)}
+    (tmp_path / "config.json").write_text(json.dumps(saved | {"gap_penalty": 0.5}))
+    with pytest.raises(UserError, match="another version .* had gap_penalty: start a new run"):
+        train.load_config(tmp_path)
