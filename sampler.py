@@ -20,8 +20,8 @@ What is the paper's and what is ours:
             learns from (advantages are rewards minus their group's mean): all zeros yesterday and
             all ones today is no spread. It is not the root of the mean variance: if one group in
             nine has deviation s and the others none, sigma is s/9, where the root would say s/3.
-            What an improve step earns is 0.1 and a gain (sandbox.py): its mu is small as long as
-            there are gains to make or none, so that its potential is little else than its sigma.
+            What an improve step earns is 0.1 and a gain (sandbox.step_reward): its mu stays small,
+            and its potential is little else than its sigma.
  3. [ours]  A task that was never visited has a prior from its parent's group and from what its
             competition has brought so far, optimistic while that is nothing (`prior`). It weighs
             as much as `prior_strength` rewards, so that one group without spread lowers a potential
