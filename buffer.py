@@ -155,6 +155,11 @@ class Task:
         """None for a draft, two for a crossover (the better one first), else one."""
         return [trace for trace in (self.parent, self.second) if trace is not None]
 
+    @property
+    def headroom(self) -> float:
+        """The most that a step can gain: 1 less the base reward of the (better) parent."""
+        return 1.0 - self.parent.base_reward if self.parent else 1.0
+
     @classmethod
     def root(cls, competition_id: str) -> Task:
         return cls(f"{competition_id}/draft", competition_id, "draft")

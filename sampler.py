@@ -5,7 +5,7 @@ the half of AceGRPO that keeps training at "the agent's learning frontier". GRPO
 differences inside a group: a task that the policy always fails, or always solves, teaches nothing
 and costs as much as any other. So every task x gets a potential and is drawn with probability
 
-    LP(x) = sigma_x * (1 - mu_x)       spread of its rewards within a group times headroom left
+    LP(x) = sigma_x * (1 - mu_x)       spread of its rewards within a group times what they lack
     P(x) ~ [ (1 - eps) * S(x) + eps * U(x) ] * cool(x)  normalised over all tasks
 
     S(x) = share(operator of x) * LP(x)^(1/tau) / (sum of LP^(1/tau) over the operator's tasks)
@@ -22,8 +22,9 @@ What is the paper's and what is ours:
             nine has deviation s and the others none, sigma is s/9, where the root would say s/3.
             What an improve step earns is 0.1 and a gain (sandbox.step_reward): its mu stays small,
             and its potential is little else than its sigma.
- 3. [ours]  A task that was never visited has a prior from its parent's group and from what its
-            competition has brought so far, optimistic while that is nothing (`prior`). It weighs
+ 3. [ours]  A task that was never visited has a prior: what its competition's groups have brought so
+            far for each point of reward that there was to gain, times what there is to gain here,
+            1 less the parent's base reward (`prior`); optimistic while nothing is known. It weighs
             as much as `prior_strength` rewards, so that one group without spread lowers a potential
             but does not end it.
  4. [ours]  share(operator) = how often an agent would take such a step now, times the mean
@@ -49,7 +50,6 @@ refused again and again; the probabilities are then computed in full, which is c
 
 from __future__ import annotations
 
-import math
 from array import array
 from collections.abc import Sequence
 from typing import Any
@@ -79,13 +79,13 @@ def learnability_potential(mean, std, kind: str = "lp") -> np.ndarray:
     [0.0, 0.75, 0.0]
     """
     mean, std = np.asarray(mean, float), np.asarray(std, float)
-    headroom = np.maximum(1.0 - mean, 0.0)
+    lack = np.maximum(1.0 - mean, 0.0)
     if kind == "lp":
-        return std * headroom
+        return std * lack
     if kind == "variance":
-        return mean * headroom
+        return mean * lack
     if kind == "regret":
-        return headroom * (mean > 0)
+        return lack * (mean > 0)
     if kind == "uniform":
         return np.ones_like(mean)
     raise ValueError(f"unknown potential {kind!r}; choose one of {', '.join(KINDS)}")
@@ -110,7 +110,8 @@ ROW = np.dtype([
     ("evidence", "f4"),  # the number of rewards that they stand for
     ("weight", "f4"),  # LP^(1/tau)
     ("last", "i8"),  # value of the draw counter at the last visit
-    ("visits", "i4"), ("competition", "i4"), ("operator", "i1"),
+    ("visits", "i4"), ("competition", "u2"), ("operator", "i1"),
+    ("headroom", "f2"),  # the most that a step can gain
     ("place", "i4"),  # position in the list of its competition's and operator's tasks
 ])
 
@@ -155,7 +156,8 @@ class AdaptiveSampler:
         self.in_flight: dict[str, int] = {}  # id -> its last visit before
         self._removed_in_flight: set[str] = set()
         self.competitions: list[str] = []
-        self.levels: list[list[float]] = []  # of each competition: mean, std, number of groups
+        # of each competition: mean and std of rewards / headroom, number of groups
+        self.levels: list[list[float]] = []
         self._clear(capacity=BLOCK)
 
     def _clear(self, capacity: int) -> None:
@@ -176,23 +178,22 @@ class AdaptiveSampler:
 
     # ---- the tasks
 
-    def add(self, task_id: str, competition_id: str, operator: str,
-            prior_rewards: Sequence[float] | None = None) -> None:
+    def add(self, task_id: str, competition_id: str, operator: str, headroom: float = 1.0) -> None:
         """Make a task drawable.
 
         Args:
-            prior_rewards: of the group that the task's parent trace is from; None for a root.
+            headroom: the most that a step can gain, in (0, 1]: 1 less the parent's base reward.
 
-        Raises ValueError for an id that is there already, an unknown operator, or a reward that is
-        not finite.
+        Raises ValueError for an id that is there already, an unknown operator, or a headroom out of
+        range.
         """
         if task_id in self:
             raise ValueError(f"task {task_id!r} is in the sampler already")
         if operator not in self.operators:
             raise ValueError(f"unknown operator {operator!r}; know {', '.join(self.operators)}")
-        mean, std = self.prior(competition_id, operator, prior_rewards)
-        if not math.isfinite(mean + std):
-            raise ValueError(f"the prior of {task_id} has to be of finite numbers: {prior_rewards}")
+        if not 0 < headroom <= 1:
+            raise ValueError(f"the headroom of {task_id} has to be in (0, 1]: {headroom}")
+        mean, std = self.prior(competition_id, headroom)
         if competition_id not in self.competitions:
             self.competitions.append(competition_id)
             self.levels.append(list(FIRST_LEVEL))
@@ -207,36 +208,26 @@ class AdaptiveSampler:
         self.rows.insert(task_id, row)
         competition = self.competitions.index(competition_id)
         self._place(row, competition, self.operators.index(operator))
+        self.table["headroom"][row] = headroom
         self._write(row, mean, std, self.prior_strength, visits=0, last=NEVER)
 
-    def prior(self, competition_id: str, operator: str,
-              rewards: Sequence[float] | None = None) -> tuple[float, float]:
-        """Mean and standard deviation assumed of a task before its first visit.
+    def prior(self, competition_id: str, headroom: float = 1.0) -> tuple[float, float]:
+        """Mean and standard deviation assumed of a task's rewards before its first visit: headroom
+        times its competition's level.
 
-        A root takes its competition's level: the mean over its groups, whatever their operators,
-        recency-weighted from the tenth on (`LEVEL_RATE`). The level starts as learnable as a group
-        can be, and this start counts as one group. So does a child, but that its standard deviation
-        lies half-way between the level's and that of the parent's group, which in training is part
-        of the level by then; and so does the mean of a debug task: whoever writes half of the
-        drafts right can probably mend some of the other half.
+        The level is the mean over the competition's groups, whatever their operators, of mean and
+        standard deviation per point of headroom; recency-weighted from the tenth group on
+        (`LEVEL_RATE`). It starts as learnable as a group can be, which counts as one group.
 
         >>> sampler = AdaptiveSampler()
-        >>> sampler.prior("titanic", "draft")
+        >>> sampler.prior("titanic")
         (0.25, 0.4330127018922193)
-        >>> sampler.prior("titanic", "improve", [0.0, 0.75])
-        (0.25, 0.40400635094610965)
-        >>> sampler.prior("titanic", "debug", [0.0, 0.75])
-        (0.3125, 0.40400635094610965)
+        >>> sampler.prior("titanic", headroom=0.2)  # little is left to improve, little to learn
+        (0.05, 0.08660254037844387)
         """
         mean, std, _ = (self.levels[self.competitions.index(competition_id)]
                         if competition_id in self.competitions else FIRST_LEVEL)
-        rewards = np.asarray([] if rewards is None else rewards, float)
-        if rewards.size:
-            group_mean, group_std = _moments(rewards)
-            std = (std + group_std) / 2
-            if operator == "debug":
-                mean = (mean + group_mean) / 2
-        return mean, std
+        return headroom * mean, headroom * std
 
     def remove(self, task_id: str) -> None:
         """Forget a task (it was evicted). Its group, if in flight, is then ignored on arrival.
@@ -290,8 +281,10 @@ class AdaptiveSampler:
 
         level_mean, level_std, groups = self.levels[old["competition"]]
         rate = max(1 / (groups + 1), LEVEL_RATE)
-        self.levels[old["competition"]] = [level_mean + rate * (mean - level_mean),
-                                           level_std + rate * (std - level_std), groups + 1]
+        headroom = max(float(old["headroom"]), 0.01)  # a valid file earns 0.1 even where that is
+        self.levels[old["competition"]] = [           # more than can be gained: hence at most 1
+            level_mean + rate * (min(mean / headroom, 1.0) - level_mean),
+            level_std + rate * (min(std / headroom, 1.0) - level_std), groups + 1]
 
         kept = (self.decay if old["visits"] else 1.0) * float(old["evidence"])
         share = rewards.size / (kept + rewards.size)  # of the new group
@@ -491,6 +484,7 @@ class AdaptiveSampler:
         self._clear(capacity=(count // BLOCK + 1) * BLOCK)
         self.ids.extend(state["ids"])
         table = self.table[:count]
+        table["headroom"] = 1.0  # older snapshots have none
         for name, column in state["table"].items():
             table[name] = column
         table["weight"] = self._weight(table["mean"], table["std"])
@@ -589,10 +583,10 @@ def main() -> None:
     print("  and std (0.433 + 0.5)/2 = 0.467, so LP = 0.467 * 0.625 = 0.292")
     show(sampler)
 
-    print("\nA failed draft of `frontier` opens a debug task. Its prior lies half-way between its")
-    print("  competition's level (mean (0.25 + 0.5)/2, std (0.433 + 0.5)/2) and the group's.")
+    print("\nA draft of `frontier` with reward 0.6 opens an improve task, with headroom 0.4. Its prior")
+    print("  is 0.4 times its competition's level: mean (0.25 + 0.5)/2, std (0.433 + 0.5)/2.")
     print("  It is awake (cool 1), the others were just visited (1/5):")
-    sampler.add("frontier/debug/a", "frontier", "debug", prior_rewards=[0, 1, 0, 1])
+    sampler.add("frontier/improve/a", "frontier", "improve", headroom=0.4)
     show(sampler)
     print("\nTwo draws without replacement:", sampler.draw(2), "(now in flight: probability 0)")
     show(sampler)

@@ -515,7 +515,7 @@ class Curriculum:
         # The buffer first: its log may fail (disk full), and then nothing has happened yet.
         admitted, evicted = self.buffer.add(group, self.sampler.score, self.in_flight)
         self.sampler.update(task_id, group.rewards, group.failed)
-        self.follow(group.rewards, admitted, evicted)
+        self.follow(admitted, evicted)
         if self.trace_log:
             for trace in group.traces:
                 self.trace_log.write(json.dumps(trace.public()) + "\n")
@@ -529,12 +529,12 @@ class Curriculum:
         # By age, then by arrival.
         bisect.insort(self.ready, result, key=lambda r: r.group.policy_version)
 
-    def follow(self, rewards, admitted, evicted) -> None:
+    def follow(self, admitted, evicted) -> None:
         """Keep the sampler's tasks those of the buffer."""
         for task_id in evicted:
             self.sampler.remove(task_id)
         for task in admitted:
-            self.sampler.add(task.id, task.competition_id, task.operator, prior_rewards=rewards)
+            self.sampler.add(task.id, task.competition_id, task.operator, task.headroom)
 
     def watch_grader(self, group: Group) -> None:
         """Say so when a competition refuses everything: perhaps it is its grader that is broken."""
@@ -673,7 +673,7 @@ class Curriculum:
                 else:
                     self.skipped += 1
                     self.sampler.release(change.task_id)
-                self.follow(change.rewards, change.admitted, change.evicted)
+                self.follow(change.admitted, change.evicted)
                 # What was in flight and has not come back keeps its old place in the staleness
                 # rule; the place of what came back is free.
                 if self.in_flight.pop(change.task_id, None) is not None:

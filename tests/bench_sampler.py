@@ -33,16 +33,16 @@ def main() -> None:
             for i in range(args.tasks - 75)]
     outcomes = [(rng.random(16) < p).astype(np.float32) for p in rng.random(256)]
 
-    def add(sampler, task_id, rewards):
+    def add(sampler, task_id, headroom):
         competition, operator = task_id.split("/")[:2]
         operator = operator if len(sampler) < 75 else ("improve", "debug")[len(task_id) % 2]
-        sampler.add(task_id, competition, operator, rewards)
+        sampler.add(task_id, competition, operator, headroom)
 
     # tracemalloc slows Python down several times: memory is measured in a pass of its own
     tracemalloc.start()
     sampler = AdaptiveSampler(seed=0)
     for i, task_id in enumerate(ids):
-        add(sampler, task_id, outcomes[i % 256])
+        add(sampler, task_id, 1 - i % 256 / 257)
     held, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     print(f"memory: {held / args.tasks:.0f} bytes a task beyond its id (with growth's copies "
@@ -52,7 +52,7 @@ def main() -> None:
     sampler = AdaptiveSampler(seed=0)
     start = time.process_time()
     for i, task_id in enumerate(ids):
-        add(sampler, task_id, outcomes[i % 256])
+        add(sampler, task_id, 1 - i % 256 / 257)
     print(f"add:    {(time.process_time() - start) / args.tasks * 1e6:.1f} us a task")
 
     draw_ms, update_us, churn_us = [], [], []
@@ -68,7 +68,7 @@ def main() -> None:
         for i, task_id in enumerate(batch):  # one task leaves, a child comes
             if not task_id.endswith("/draft"):
                 sampler.remove(task_id)
-            add(sampler, f"{task_id}/{step}", outcomes[(step + i) % 256])
+            add(sampler, f"{task_id}/{step}", 1 - (step + i) % 256 / 257)
         churn_us.append((time.process_time() - start) / args.batch * 1e6)
     for name, values, unit in (("draw", draw_ms, f"ms a batch of {args.batch}"),
                                ("update", update_us, "us a task"),

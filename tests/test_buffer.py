@@ -100,6 +100,7 @@ def test_failed_opens_debug_and_valid_opens_improve(buffer, root):
     assert [(t.id, t.operator, t.depth) for t in admitted] == [
         ("iris/improve/good", "improve", 1), ("iris/debug/bad", "debug", 1)]
     assert admitted[0].parent.code == "print('good')" and evicted == []
+    assert [t.headroom for t in (root, *admitted)] == [1.0, 0.4, 1.0]
     assert buffer.counts() == {"draft": 2, "improve": 1, "debug": 1, "crossover": 0}
 
 
@@ -203,6 +204,7 @@ def test_a_crossover_has_the_groups_best_and_the_buffers_best_as_parents():
     task = admitted[-1]
     assert [t.code_key for t in task.parents] == ["f6", "b"]  # the better one first
     assert (task.operator, task.depth, task.lineage) == ("crossover", 1, ("iris/draft",))
+    assert task.headroom == 0.4  # beyond the better one
     assert buffer.counts()["crossover"] == 2  # f4 and f6 were crossed when f6 came
     copy = Task.from_json(json.loads(json.dumps(task.to_json())))
     assert [t.code_key for t in copy.parents] == ["f6", "b"] and copy.to_json() == task.to_json()

@@ -21,7 +21,7 @@ HEAVY = {"torch", "vllm", "transformers", "pandas", "sklearn", "scipy", "matplot
 ALONE = {
     "grpo": ([], ["dr_grpo  -0.225 -0.125 -0.125 +0.475", "likelier"], {"torch"}),
     "buffer": ([], ["the lowest score leaves: ['iris/debug/e']"], set()),
-    "sampler": ([], ["LP 0.292", "LP 0.272", "Two draws without replacement"], set()),
+    "sampler": ([], ["LP 0.292", "LP 0.159", "Two draws without replacement"], set()),
     "sandbox": (["--help"], ["run", "grade", "selftest"], set()),
 }
 

@@ -38,7 +38,7 @@ def test_worked_example_runs(capsys):
     module.main()
     out = capsys.readouterr().out
     assert "LP 0.292" in out
-    assert "LP 0.272" in out  # the debug task: ((0.433 + 0.5)/2 + 0.5)/2 * (1 - 0.4375)
+    assert "LP 0.159" in out  # the improve task: 0.4 * 0.467 * (1 - 0.4 * 0.375)
 
 
 # ---- the potential
@@ -65,61 +65,65 @@ def test_an_unknown_kind_is_refused_at_once():
 # ---- prior and statistics
 
 
-def test_priors_by_operator():
+def test_the_prior_is_the_level_times_the_headroom():
     sampler = AdaptiveSampler()
-    optimistic = 3**0.5 / 4
-    assert sampler.prior("a", "draft") == pytest.approx((0.25, optimistic))
-    rewards, std = [0.0, 0.0, 0.4, 0.8], (optimistic + 0.11**0.5) / 2  # mean 0.3, variance 0.11
-    assert sampler.prior("a", "improve", rewards) == pytest.approx((0.25, std))
-    assert sampler.prior("a", "crossover", rewards) == pytest.approx((0.25, std))
-    assert sampler.prior("a", "debug", rewards) == pytest.approx((0.275, std))
+    assert sampler.prior("a") == pytest.approx((0.25, 3**0.5 / 4))
+    assert sampler.prior("a", headroom=0.4) == pytest.approx((0.1, 3**0.5 / 10))
+    sampler.add("a/improve", "a", "improve", headroom=0.5)
+    assert sampler.score("a/improve") == pytest.approx(3**0.5 / 8 * (1 - 0.125))
 
 
-def test_the_parents_group_is_in_the_level_already():
-    sampler = roots("a")
-    sampler.update("a/draft", [0.0] * 4)  # level: (0.25 + 0) / 2, (sqrt(3)/4 + 0) / 2
-    assert sampler.prior("a", "debug", [0.0] * 4) == pytest.approx((0.0625, 3**0.5 / 16))
-
-
-def test_the_prior_of_a_hopeless_group_is_lower_but_not_zero():
+def test_a_level_is_of_rewards_for_each_point_of_headroom():
     sampler = AdaptiveSampler()
-    for name, rewards in (("hopeless", [0.0] * 4), ("frontier", [0.0, 1.0, 0.0, 1.0])):
-        sampler.add(name, "a", "debug", rewards)
-    assert 0.1 < sampler.score("hopeless") < sampler.score("frontier")
+    sampler.add("a/improve", "a", "improve", headroom=0.5)
+    sampler.update("a/improve", [0.1, 0.3])  # mean 0.2, std 0.1: 0.4 and 0.2 of the headroom
+    level = (0.25 + 0.4) / 2, (3**0.5 / 4 + 0.2) / 2
+    assert sampler.prior("a") == pytest.approx(level)
+    sampler.add("a/weaker", "a", "improve", headroom=0.75)  # its parent leaves more to gain
+    sampler.add("a/stronger", "a", "improve", headroom=0.25)
+    assert sampler.score("a/weaker") == pytest.approx(0.75 * level[1] * (1 - 0.75 * level[0]))
+    assert sampler.score("a/stronger") == pytest.approx(0.25 * level[1] * (1 - 0.25 * level[0]))
+
+
+def test_a_level_is_at_most_one():
+    sampler = AdaptiveSampler()
+    sampler.add("a/improve", "a", "improve", headroom=0.05)
+    sampler.update("a/improve", [0.1, 0.1])  # two valid files, worth more than all there is to gain
+    assert sampler.prior("a") == pytest.approx(((0.25 + 1.0) / 2, 3**0.5 / 8))
 
 
 def test_a_competitions_level_follows_its_groups():
     sampler = roots("ba")
     sampler.update("a/draft", [1.0, 1.0])  # the optimistic start counts as one group
-    assert sampler.prior("a", "draft") == pytest.approx((0.625, 3**0.5 / 8))
+    assert sampler.prior("a") == pytest.approx((0.625, 3**0.5 / 8))
     for _ in range(8):
         sampler.update("a/draft", [0.0, 1.0])  # ten groups with the start: all count alike
     mean, std = (0.25 + 1 + 8 * 0.5) / 10, (3**0.5 / 4 + 8 * 0.5) / 10
-    assert sampler.prior("a", "draft") == pytest.approx((mean, std))
+    assert sampler.prior("a") == pytest.approx((mean, std))
     sampler.update("a/draft", [0.0, 0.0])  # from now on the last group weighs a tenth
-    assert sampler.prior("a", "draft") == pytest.approx((0.9 * mean, 0.9 * std))
+    assert sampler.prior("a") == pytest.approx((0.9 * mean, 0.9 * std))
     for other in ("b", "new"):
-        assert sampler.prior(other, "draft") == pytest.approx((0.25, 3**0.5 / 4))
+        assert sampler.prior(other) == pytest.approx((0.25, 3**0.5 / 4))
 
 
 def test_new_tasks_of_a_hopeless_competition_are_expected_to_be_hopeless():
     sampler = roots("ba")
     for _ in range(9):
         sampler.update("a/draft", [0.0] * 4)
-    for name in "ab":  # groups alike, competitions not
-        sampler.add(f"{name}/debug", name, "debug", [0.0] * 4)
-    assert sampler.score("a/debug") == pytest.approx(3**0.5 / 80 * (1 - 0.0125), abs=1e-6)
-    assert sampler.score("b/debug") == pytest.approx(3**0.5 / 8 * (1 - 0.125), abs=1e-6)
+    for name in "ab":
+        sampler.add(f"{name}/debug", name, "debug")
+    assert sampler.score("a/debug") == pytest.approx(3**0.5 / 40 * (1 - 0.025), abs=1e-6)
+    assert sampler.score("b/debug") == pytest.approx(3**0.5 / 4 * (1 - 0.25), abs=1e-6)
 
 
 def test_a_level_outlives_its_tasks_and_counts_no_late_group():
     sampler = roots("ab")
     sampler.update("a/draft", [1.0, 1.0])
-    level = sampler.prior("a", "draft")
+    level = sampler.prior("a")
     (task,) = [task for task in sampler.draw(2) if task == "a/draft"]
     sampler.remove(task)
     sampler.update(task, [0.0, 0.0])
-    assert sampler.late == 1 and sampler.prior("a", "draft") == level
+    assert sampler.late == 1 and sampler.prior("a") == level
 
 
 def test_recency_weighted_mean_and_std():
@@ -189,7 +193,7 @@ def test_debug_steps_are_as_frequent_as_failures_are():
     """By hand: failures 0.5, then 0.5 + 0.05 * (0.1 - 0.5) = 0.48, then 0.456 where all is valid."""
     sampler = roots("a", epsilon=0.0)
     for operator in ("improve", "debug"):
-        sampler.add(f"a/{operator}", "a", operator, [0.25 - 3**0.5 / 4, 0.25 + 3**0.5 / 4])
+        sampler.add(f"a/{operator}", "a", operator)
 
     def shares():
         return pytest.approx([sampler.probabilities()[f"a/{o}"]
@@ -208,7 +212,7 @@ def test_debug_steps_are_as_frequent_as_failures_are():
 def test_crossing_takes_half_of_the_improve_steps():
     sampler = roots("a", epsilon=0.0)
     for operator in ("improve", "crossover"):
-        sampler.add(f"a/{operator}", "a", operator, [0.25 - 3**0.5 / 4, 0.25 + 3**0.5 / 4])
+        sampler.add(f"a/{operator}", "a", operator)
     # Nothing to debug: what debugging would take goes to all. 0.25 : 0.1875 : 0.1875
     assert sampler.probabilities() == approx(**{"a/draft": 0.4, "a/improve": 0.3,
                                                 "a/crossover": 0.3})
@@ -226,7 +230,7 @@ def test_many_children_do_not_drown_the_roots():
     def share(**options):
         sampler = roots("ab", epsilon=0.1, **options)
         for i in range(200):
-            sampler.add(f"a/debug/{i}", "a", "debug", [0.25 - 3**0.5 / 4, 0.25 + 3**0.5 / 4])
+            sampler.add(f"a/debug/{i}", "a", "debug")
         assert sampler.score("a/debug/0") == pytest.approx(sampler.score("a/draft"))
         p = sampler.probabilities()
         return p["a/draft"], p["b/draft"]
@@ -241,7 +245,7 @@ def test_many_children_do_not_drown_the_roots():
 def test_the_uniform_ablation_is_uniform_over_tasks():
     sampler = roots("ab", kind="uniform", cooldown=9)
     for i in range(3):
-        sampler.add(f"a/debug/{i}", "a", "debug", [0.0])
+        sampler.add(f"a/debug/{i}", "a", "debug")
     (task,) = sampler.draw()
     sampler.update(task, [1.0, 1.0])
     assert list(sampler.probabilities().values()) == pytest.approx([0.2] * 5)
@@ -267,7 +271,7 @@ def test_draws_match_the_probabilities(monkeypatch):
         monkeypatch.setattr(module, "PROPOSALS", proposals)
         sampler = roots("abc", cooldown=4, epsilon=0.2, seed=1)
         for i in range(5):
-            sampler.add(f"a/debug/{i}", "a", "debug", [0.0, 0.2 * i])
+            sampler.add(f"a/debug/{i}", "a", "debug", 0.2 + 0.2 * i)
         for task in sampler.draw(6):
             sampler.update(task, [0.0, 0.5, 1.0])
         (busy,) = sampler.draw()
@@ -342,7 +346,9 @@ def test_unknown_ids_are_errors_and_groups_of_removed_tasks_are_counted():
     (lambda s: AdaptiveSampler(tau=0.01), "out of range"),
     (lambda s: AdaptiveSampler(tau=float("nan")), "out of range"),
     (lambda s: AdaptiveSampler(prior_strength=-1), "out of range"),
-    (lambda s: s.add("x", "a", "improve", [0.0, float("nan")]), "finite"),
+    (lambda s: s.add("x", "a", "improve", 0.0), "headroom of x"),
+    (lambda s: s.add("x", "a", "improve", float("nan")), "headroom of x"),
+    (lambda s: s.add("x", "a", "improve", 1.5), "headroom of x"),
     (lambda s: s.load_state_dict(AdaptiveSampler(operators=("draft",)).state_dict()), "operators")])
 def test_bad_arguments(call, message):
     sampler = roots("a")
@@ -376,7 +382,7 @@ def test_three_thousand_tasks_come_and_go():
     sampler = AdaptiveSampler(seed=3)
     ids = [f"c{i % 7}/improve/{i}" for i in range(3_000)]
     for i, task in enumerate(ids):
-        sampler.add(task, f"c{i % 7}", "improve", [0.0, i / 3_000])
+        sampler.add(task, f"c{i % 7}", "improve", 1 - i / 3_000)
     consistent(sampler)
     assert len(set(sampler.draw(64))) == 64
     for task in ids[::2] + ids[1::2][::-1]:
@@ -398,7 +404,7 @@ def test_a_restored_sampler_goes_on_as_if_nothing_had_happened():
                 sampler.update(task, [0.0, (len(task) % 5) / 5, 1.0])
                 name = f"{task}+"
                 if name not in sampler and step % 2:
-                    sampler.add(name, task[0], "debug", [0.0, 1.0])
+                    sampler.add(name, task[0], "improve", 0.4)
             for task in batch[2:]:
                 if task.endswith("+"):
                     sampler.remove(task)
@@ -421,6 +427,14 @@ def test_a_restored_sampler_goes_on_as_if_nothing_had_happened():
 def test_a_snapshot_loads_into_another_kind():
     copy = restored(with_scores(roots(prior_strength=0), a=[0, 1]), kind="regret")
     assert copy.score("a/draft") == pytest.approx(0.5)
+
+
+def test_a_snapshot_from_before_headrooms_loads():
+    state = with_scores(roots("a"), a=[0, 1]).state_dict()
+    del state["table"]["headroom"]
+    sampler = AdaptiveSampler()
+    sampler.load_state_dict(state)
+    assert sampler.state_dict()["table"]["headroom"] == [1.0]
 
 
 # ---- properties
@@ -461,7 +475,7 @@ def test_properties_of_any_history(actions, kind, epsilon, cooldown, balance, se
         if action == "add":
             name = f"task{number}"
             known[name] = (f"c{pick % 3}", module.OPERATORS[pick // 3 % 4])
-            sampler.add(name, *known[name], rewards)
+            sampler.add(name, *known[name], max(*rewards, 0.05))
         elif action == "draw":
             drawn = sampler.draw(pick % 4)
             assert len(drawn) == len(set(drawn)) == min(pick % 4, len(known) - len(flying))

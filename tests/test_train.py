@@ -80,7 +80,7 @@ def run_synchronous(config):
                 in_flight = {t.id for t in tasks[len(results):]}
                 admitted, evicted = buffer.add(group, sampler.score, in_flight)
                 sampler.update(task.id, group.rewards, group.failed)
-                curriculum.follow(group.rewards, admitted, evicted)
+                curriculum.follow(admitted, evicted)
             rows.append(batch_metrics(results, learner.version))
             if sequences := make_batch(results, config):
                 rows[-1] |= learner.step(sequences)
