@@ -14,7 +14,7 @@ and costs as much as any other. So every task x gets a potential and is drawn wi
 
 What is the paper's and what is ours:
  1. [paper] A Learnability Potential guides the sampling. Its formula is not in the abstract; ours
-            has the two ingredients that summaries of the paper name, variance and headroom.
+            has what summaries of the paper name, variance and headroom (1 - mu).
  2. [ours]  mu and sigma are recency-weighted: an earlier group weighs `decay` of the next one.
             sigma is the mean of the standard deviations *inside* groups, since those are what GRPO
             learns from (advantages are rewards minus their group's mean): all zeros yesterday and
@@ -281,8 +281,9 @@ class AdaptiveSampler:
 
         level_mean, level_std, groups = self.levels[old["competition"]]
         rate = max(1 / (groups + 1), LEVEL_RATE)
-        headroom = max(float(old["headroom"]), 0.01)  # a valid file earns 0.1 even where that is
-        self.levels[old["competition"]] = [           # more than can be gained: hence at most 1
+        # At most 1: a valid file earns 0.1 even where that is more than can be gained.
+        headroom = max(float(old["headroom"]), 0.01)
+        self.levels[old["competition"]] = [
             level_mean + rate * (min(mean / headroom, 1.0) - level_mean),
             level_std + rate * (min(std / headroom, 1.0) - level_std), groups + 1]
 
@@ -583,8 +584,9 @@ def main() -> None:
     print("  and std (0.433 + 0.5)/2 = 0.467, so LP = 0.467 * 0.625 = 0.292")
     show(sampler)
 
-    print("\nA draft of `frontier` with reward 0.6 opens an improve task, with headroom 0.4. Its prior")
-    print("  is 0.4 times its competition's level: mean (0.25 + 0.5)/2, std (0.433 + 0.5)/2.")
+    print("\nA draft of `frontier` with reward 0.6 opens an improve task, with headroom 0.4.")
+    print("  Its prior is 0.4 times its competition's level, mean (0.25 + 0.5)/2 and")
+    print("  std (0.433 + 0.5)/2; the less there is to gain, the lower.")
     print("  It is awake (cool 1), the others were just visited (1/5):")
     sampler.add("frontier/improve/a", "frontier", "improve", headroom=0.4)
     show(sampler)
