@@ -304,9 +304,9 @@ MEASURES = {"human rank": "human_rank", "any medal": "any_medal_rate", "valid": 
 
 def summarize(results: list[dict], splits: list[str], steps: int) -> list[dict]:
     """A row for each split and arm: {"split", "arm", "seeds", measure: (mean, error), ...}, with
-    "difference", "by_seed" and "interval" to full, "by_step" (agent steps,), "first seeds" (those
-    it is known of) and the same of the first script where there are any; the order is that of
-    SPLITS, and of ARMS after `before`."""
+    "difference", "by_seed" and "interval" to full of the human rank ("medal difference", ...: of
+    medals), "by_step" (agent steps,), "first seeds" (those it is known of) and the same of the
+    first script where there are any; the order is that of SPLITS, and of ARMS after `before`."""
     rows = []
     for split in (s for s in SPLITS if s in splits):
         tables = {title: cells(results, split, name, steps) for title, name in MEASURES.items()}
@@ -325,9 +325,9 @@ def summarize(results: list[dict], splits: list[str], steps: int) -> list[dict]:
                 row["first script"] = mean_and_error([v.mean() for v in first[arm].values()])
                 row["first seeds"] = [seed for seed in by_step[arm] if seed is not None]
                 row["by_step"] = np.mean([v.mean(0) for v in by_step[arm].values()], 0).tolist()
-            for prefix, ranks in (("", rank), ("first ", first)):
-                difference = (paired_difference(ranks[arm], ranks["full"])
-                              if arm != "full" and arm in ranks and "full" in ranks else None)
+            for prefix, table in (("", rank), ("first ", first), ("medal ", tables["any medal"])):
+                difference = (paired_difference(table[arm], table["full"])
+                              if arm != "full" and arm in table and "full" in table else None)
                 if difference is not None:
                     row[prefix + "difference"] = float(difference.mean())
                     row[prefix + "by_seed"] = difference.mean(1).tolist()
@@ -349,23 +349,26 @@ def markdown(rows: list[dict], results: list[dict], args: argparse.Namespace) ->
         return f"{mean * scale:.{digits}f}" + ("" if error is None
                                                else f" ± {error * scale:.{digits}f}")
 
-    def difference(row, prefix=""):
+    def difference(row, prefix="", scale=1.0, digits=3):
         if prefix + "difference" not in row:
             return "-"
-        return "{:+.3f} [{:+.3f}, {:+.3f}]".format(row[prefix + "difference"],
-                                                   *row[prefix + "interval"])
+        mean, low, high = (f"{value * scale:+.{digits}f}" for value in (
+            row[prefix + "difference"], *row[prefix + "interval"]))
+        return f"{mean} [{low}, {high}]"
 
     lines = ["| competitions | arm | seeds | human rank | difference to full [95 %] | first script "
-             "| difference to full [95 %] | any medal, % | valid, % | first draft valid, % "
-             "| extra steps to first valid | groups without gradient, % | minutes |",
-             "|" + " --- |" * 13]
+             "| difference to full [95 %] | any medal, % | difference to full [95 %] | valid, % "
+             "| first draft valid, % | extra steps to first valid | groups without gradient, % "
+             "| minutes |",
+             "|" + " --- |" * 14]
     for row in rows:
         text = "before RL" if row["arm"] == BEFORE else ARMS[row["arm"]].text
         lines.append("| " + " | ".join([
             SPLITS[row["split"]], text, "-" if row["arm"] == BEFORE else str(row["seeds"]),
             show(row["human rank"]), difference(row),
             show(row.get("first script")), difference(row, "first "),
-            show(row["any medal"], 100, 1), show(row["valid"], 100, 1),
+            show(row["any medal"], 100, 1), difference(row, "medal ", 100, 1),
+            show(row["valid"], 100, 1),
             show(row["first draft valid"], 100, 1),
             show(row["extra steps to first valid"], digits=2),
             show(row.get("no gradient"), 100, 1), show(row.get("minutes"), digits=1)]) + " |")

@@ -277,8 +277,8 @@ def test_a_program_that_fails_is_named_with_its_last_words(tmp_path):
 
 def result(arm, seed, ranks, groups=10, trained=8, rollouts=120):
     """A complete run; `ranks` has a row for each competition, a column for each evaluation seed."""
-    rows = [{"competition_id": f"c{c}", "seed": e, "human_rank": rank, "medal": "none",
-             "valid": rank > 0, "first_draft_valid": False,
+    rows = [{"competition_id": f"c{c}", "seed": e, "valid": rank > 0, "human_rank": rank,
+             "medal": "gold" if rank >= 0.9 else "none", "first_draft_valid": False,
              "steps_to_first_valid": 1 if rank > 0 else None}
             for c, row in enumerate(ranks) for e, rank in enumerate(row)]
     training = {"groups": [groups], "groups_trained": [trained], "minutes": 2.0, "resumed": 0,
@@ -297,6 +297,7 @@ def test_differences_are_paired_by_competition_and_seed():
     # uniform: seed 0 (0.6 - 0.7, 0.3 - 0.4), seed 1 (0.7 - 0.9, 0.4 - 0.5); seed 2 has no partner
     assert uniform["by_seed"] == pytest.approx([-0.1, -0.15])
     assert uniform["difference"] == pytest.approx(-0.125)
+    assert uniform["medal by_seed"] == pytest.approx([0.0, -0.5])  # full: seed 1, both of c0
     assert uniform["no gradient"][0] == pytest.approx((0.4 + 0.2 + 0.2) / 3)
     assert "difference" not in full and full["human rank"] == pytest.approx((0.625, 0.075))
     assert before["by_seed"] == pytest.approx([(0.1 + 0.1) / 2 - 0.55, (0.1 + 0.1) / 2 - 0.7])
