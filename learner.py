@@ -1004,6 +1004,8 @@ def main() -> None:
     parser.add_argument("--token-budget", type=int, default=4096, help="tokens of a micro-batch")
     parser.add_argument("--no-share", action="store_true", help="compute each prompt G times")
     args = parser.parse_args()
+    if not (args.model_dir / "config.json").is_file():
+        parser.error(f"{args.model_dir}: no config.json there; give a Hugging Face model directory")
     config = LearnerConfig(dtype=args.dtype, max_response_tokens=args.response,
                            token_budget=args.token_budget, share_prompts=not args.no_share)
     learner = Learner(args.model_dir, config)
