@@ -799,8 +799,9 @@ class Learner:
 
     def load(self, directory: str | os.PathLike) -> None:
         """Go on from a checkpoint of `save`; further steps are bit-identical at the same number
-        of ranks on CPUs (on GPUs, atomic additions have no fixed order). A rank that the checkpoint does not know keeps its RNG. Collective. Raises OSError
-        when it is damaged or of another model."""
+        of ranks on CPUs (on GPUs, atomic additions have no fixed order). A rank that the checkpoint
+        does not know keeps its RNG. Collective. Raises OSError when it is damaged or of another
+        model."""
         with warnings.catch_warnings(), errors_as_os_error(f"{directory} cannot be loaded"):
             state = self._state()
             known = dcp.FileSystemReader(str(directory)).read_metadata().state_dict_metadata

@@ -139,8 +139,8 @@ class AdaptiveSampler:
                  balance_operators: bool = True, seed: int = 0,
                  operators: Sequence[str] = OPERATORS):
         learnability_potential(0.0, 0.0, kind)  # refuses an unknown kind
-        if not (tau >= 0.05 and 0 <= epsilon <= 1 and 0 <= decay < 1 and cooldown >= 0
-                and prior_strength >= 0):
+        if not (tau >= 0.05 and 0 <= epsilon <= 1 and 0 <= decay < 1 and 0 <= cooldown < np.inf
+                and 0 <= prior_strength < np.inf):
             raise ValueError(
                 f"out of range: tau {tau} >= 0.05, epsilon {epsilon} in [0, 1], decay {decay} in "
                 f"[0, 1), cooldown {cooldown} >= 0, prior_strength {prior_strength} >= 0")
@@ -223,7 +223,8 @@ class AdaptiveSampler:
 
         The level is the mean over the competition's groups, whatever their operators, of mean and
         standard deviation per point of headroom; recency-weighted from the tenth group on
-        (`LEVEL_RATE`). It starts as learnable as a group can be, which counts as one group.
+        (`LEVEL_RATE`). It starts as learnable as a group can be, which counts as one group. A rough
+        guess: scaled apart, the two can be of more spread than rewards of that mean have.
 
         >>> sampler = AdaptiveSampler()
         >>> sampler.prior("titanic")
@@ -487,7 +488,7 @@ class AdaptiveSampler:
                              f"this sampler {list(self.operators)}")
         self.rng.bit_generator.state = state["rng"]
         self.draws, self.late = state["draws"], state["late"]
-        self.failures = state.get("failures", self.failures)  # older snapshots have none
+        self.failures = state.get("failures", 0.5)  # older snapshots have none
         self.in_flight = dict(state["in_flight"])
         self._removed_in_flight = set(state["removed_in_flight"])
         self.competitions = list(state["competitions"])

@@ -119,13 +119,14 @@ def call(command: list, log: Path) -> None:
 def train(arm: str, seed: int, folder: Path, args: argparse.Namespace) -> dict:
     """Train one policy, or go on with it; what its metrics say. Held-out competitions stay out."""
     flags = ["--heldout", "", "--eval-drafts", 0]
+    competitions = competition_folder(args, ["train"])  # the links of a resumed run as well
     if any(folder.glob("checkpoints/step_*/DONE")):
         flags += ["--resume", folder]
     else:
         shutil.rmtree(folder, ignore_errors=True)
         flags += ["--preset", "tiny", "--run-dir", folder, "--seed", seed,
                   "--steps", args.steps, "--model", args.model, "--keep-checkpoints", 1,
-                  "--competitions", competition_folder(args, ["train"]),
+                  "--competitions", competitions,
                   *args.train_flags, *ARMS[arm].train]
     call([ROOT / "train.py", *flags], folder.with_suffix(".log"))
     return training_summary(folder)
@@ -155,9 +156,9 @@ def evaluate(arm: str, model: Path, splits: list[str], folder: Path, args: argpa
     out = folder / f"report-{'+'.join(splits)}.json"
     call([ROOT / "rollout.py", "--model", model, "--out", out,
           "--competitions", competition_folder(args, splits), "--allow-overlap",
-          "--steps", args.agent_steps, "--seeds", args.eval_seeds, "--cpu-seconds",
-          args.config.cpu_seconds, *(["--unsafe"] if args.config.unsafe else []), "--parallel", args.parallel, "--max-num-seqs", args.parallel,
-          "--retries", args.retries,
+          "--steps", args.agent_steps, "--seeds", args.eval_seeds, "--retries", args.retries,
+          "--parallel", args.parallel, "--max-num-seqs", args.parallel,
+          "--cpu-seconds", args.config.cpu_seconds, *(["--unsafe"] if args.config.unsafe else []),
           *(ARMS[arm].agent if arm in ARMS else ())], folder.with_suffix(".log"))
     rows = json.loads(out.read_text())["runs"]
     return {split: [r for r in rows if r["competition_id"] in args.ids[split]]
@@ -512,8 +513,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(words[:cut])
     args.train_flags = words[cut + 1:]
     args.dev = sorted(set(args.dev))
-    for name, least in {"seeds": 1, "first_seed": 0, "steps": 1, "eval_seeds": 1, "agent_steps": 1, "retries": 0,
-                        "parallel": 1}.items():
+    for name, least in {"seeds": 1, "first_seed": 0, "steps": 1, "eval_seeds": 1, "agent_steps": 1,
+                        "retries": 0, "parallel": 1}.items():
         if getattr(args, name) < least:
             raise StudyError(f"--{name.replace('_', '-')} must be at least {least}")
     for word in (word.partition("=")[0] for word in args.train_flags):
@@ -537,6 +538,8 @@ def find_competitions(args: argparse.Namespace) -> dict[str, dict[str, Path]]:
         if unknown := set(args.dev) - set(ids["train"]):
             raise StudyError(f"--dev {min(unknown)}: no such competition in {args.competitions}")
         ids["dev"] = {name: ids["train"].pop(name) for name in args.dev}
+        if not ids["train"]:
+            raise StudyError("--dev: nothing is left to train on")
     if args.final:
         if seen := set(found(args.competitions)) & set(heldout := found(args.heldout)):
             raise StudyError(f"--heldout {args.heldout}: {min(seen)} is a competition of "
@@ -556,7 +559,8 @@ def check_settings(args: argparse.Namespace) -> None:
     shown = {path.parent.name.rpartition("-")[0] for path in args.out.glob("*/result.json")}
     settings |= {f"arm {name}": list(arm.train + arm.agent) for name, arm in ARMS.items()
                  if name in shown or name in args.arms}
-    settings |= {f"default {name}": value for name, value in asdict(Config()).items()}
+    settings |= {f"train.py's {name}": value for name, value in asdict(args.config).items()
+                 if name not in PLACES}
     begun = read_json(path, "its runs cannot be told from others now: give another --out") or {}
     if not shown:  # nothing has come of it yet
         begun = {}

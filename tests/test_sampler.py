@@ -369,6 +369,9 @@ def test_a_task_removed_in_flight_does_not_come_back_before_its_group():
     sampler.update("a/draft", [0, 1])
     sampler.add("a/draft", "a", "draft")
     assert sampler.late == 1 and sampler.draw() == ["a/draft"]
+    sampler.remove("a/draft")
+    sampler.release("a/draft")  # nor after its group was given up
+    sampler.add("a/draft", "a", "draft")
 
 
 def test_one_competition_too_many_is_refused_and_leaves_no_trace():
@@ -387,6 +390,7 @@ def test_one_competition_too_many_is_refused_and_leaves_no_trace():
     (lambda s: AdaptiveSampler(tau=0.01), "out of range"),
     (lambda s: AdaptiveSampler(tau=float("nan")), "out of range"),
     (lambda s: AdaptiveSampler(prior_strength=-1), "out of range"),
+    (lambda s: AdaptiveSampler(cooldown=float("inf")), "out of range"),
     (lambda s: s.add("x", "a", "improve", 0.0), "headroom of x"),
     (lambda s: s.add("x", "a", "improve", float("nan")), "headroom of x"),
     (lambda s: s.add("x", "a", "improve", 1.5), "headroom of x"),
@@ -476,6 +480,7 @@ def test_an_older_snapshot_loads():
         del state["table"][name]
     del state["failures"]
     sampler = AdaptiveSampler()
+    sampler.failures = 0.9
     sampler.load_state_dict(state)
     again = sampler.state_dict()
     assert again["table"]["headroom"] == [1.0] and again["table"]["hopeless"] == [False]

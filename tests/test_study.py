@@ -187,10 +187,25 @@ def test_runs_made_before_and_after_a_default_changed_are_not_mixed(folders, tmp
                                                                     capsys, monkeypatch):
     study.main(arguments(folders, tmp_path))
     capsys.readouterr()
-    monkeypatch.setattr(study, "Config", dataclasses.make_dataclass(
-        "Config", [("tau", float, 0.9)], bases=(study.Config,)))
+    parse_config = study.parse_config
+
+    def with_another_default(argv):
+        config, others = parse_config(argv)
+        return dataclasses.replace(config, tau=0.9), others
+
+    monkeypatch.setattr(study, "parse_config", with_another_default)
     assert study.main(arguments(folders, tmp_path)) == 2
-    assert "default tau 1.0, not 0.9" in capsys.readouterr().err
+    assert "train.py's tau 1.0, not 0.9" in capsys.readouterr().err
+
+
+def test_runs_of_other_flags_in_a_file_of_the_same_name_are_not_mixed(folders, tmp_path, programs,
+                                                                      capsys):
+    file = tmp_path / "flags.yaml"
+    for tau, status in ((0.5, 0), (0.7, 2)):
+        file.write_text(f"tau: {tau}\n")
+        more = ("--", "--config", str(file))
+        assert study.main(arguments(folders, tmp_path / "out", *more)) == status
+    assert "train.py's tau 0.5, not 0.7" in capsys.readouterr().err
 
 
 def test_other_competitions_under_the_same_name_are_not_mixed(folders, tmp_path, programs, capsys):
@@ -247,10 +262,13 @@ def test_a_plain_call_keeps_the_held_out_rows_and_a_copy_is_no_seed(folders, tmp
 
 
 def test_links_to_competitions_that_moved_are_made_anew(folders, tmp_path, programs):
+    programs.cut = "after a checkpoint"
+    assert study.main(arguments(folders, tmp_path)) == 130
     link = tmp_path / "competitions/train/rail-wear"
-    link.parent.mkdir(parents=True)
+    link.unlink()
     link.symlink_to("/nowhere")
-    assert study.main(arguments(folders, tmp_path)) == 0
+    programs.cut = "after a checkpoint"  # the resumed run, too: nothing is linked after it
+    assert study.main(arguments(folders, tmp_path)) == 130
     assert link.resolve() == (folders / "train/rail-wear").resolve()
 
 
@@ -294,6 +312,7 @@ def test_flags_for_training_are_checked_before_anything_runs(folders, tmp_path, 
 @pytest.mark.parametrize("more, words", [
     (["--dev", "titanic"], "--dev titanic"), (["--seeds", "0"], "--seeds"),
     (["--first-seed", "-1"], "--first-seed"),
+    (["--dev", *COMPETITIONS["train"]], "--dev: nothing is left to train on"),
     (["--competitions", "/nowhere"], "/nowhere"), (["--out", "/proc/study"], "/proc/study"),
     (["--out", __file__], "test_study.py")])
 def test_bad_arguments_are_one_line_and_status_2(folders, tmp_path, capsys, more, words):
@@ -331,6 +350,8 @@ def test_differences_are_paired_by_competition_and_seed():
     # uniform: seed 0 (0.6 - 0.7, 0.3 - 0.4), seed 1 (0.7 - 0.9, 0.4 - 0.5); seed 2 has no partner
     assert uniform["by_seed"] == pytest.approx([-0.1, -0.15])
     assert uniform["difference"] == pytest.approx(-0.125)
+    assert uniform["interval"] == pytest.approx(
+        study.bootstrap_interval(np.array([[-0.1, -0.1], [-0.2, -0.1]])))
     assert uniform["medal by_seed"] == pytest.approx([0.0, -0.5])  # full: seed 1, both of c0
     assert uniform["no gradient"][0] == pytest.approx((0.4 + 0.2 + 0.2) / 3)
     assert "difference" not in full and full["human rank"] == pytest.approx((0.625, 0.075))
