@@ -331,8 +331,8 @@ class EvolvingBuffer:
             before the first `add`.
 
     Raises:
-        ValueError: no or repeated competitions, a capacity that does not hold the roots, or a
-            negative limit.
+        ValueError: no or repeated competitions, a capacity that does not hold the roots, a negative
+            limit, or a headroom outside [0, 1].
     """
 
     def __init__(self, competition_ids: Iterable[str], capacity: int = 4096, max_depth: int = 16,
@@ -350,6 +350,8 @@ class EvolvingBuffer:
         if min(max_depth, children_per_group, frontier) < 0:
             raise ValueError(f"below 0: max_depth {max_depth}, children_per_group "
                              f"{children_per_group} or frontier {frontier}")
+        if not 0 <= headroom <= 1:
+            raise ValueError(f"headroom has to be in [0, 1]: {headroom}")
         self.capacity = capacity
         self.max_depth = max_depth
         self.children_per_group = children_per_group
@@ -427,8 +429,9 @@ class EvolvingBuffer:
         for trace in group.traces:
             if self._opens_task(group.task, trace):
                 name = child_id(trace)
-                merged += name in self.tasks or name in candidates
-                if name not in self.tasks:
+                known = name in self.tasks or name == group.task.id  # that may be evicted by now
+                merged += known or name in candidates
+                if not known:
                     candidates.setdefault(name, trace)
         crossing = self._crossing(group)
         parents = select_parents(candidates.values(), self.children_per_group - len(crossing))
@@ -474,7 +477,7 @@ class EvolvingBuffer:
         """At most one pair: position of the group's best valid trace, task that holds the best
         script to cross it with."""
         traces = [t for t in group.traces if t.valid and self._opens_task(group.task, t)]
-        if not self.crossover or not traces:
+        if not self.crossover or not self.children_per_group or not traces:
             return []
         trace = max(traces, key=lambda t: t.base_reward)
         partners = [task for task in map(self.tasks.get, self._improve[trace.competition_id])
@@ -542,7 +545,8 @@ class EvolvingBuffer:
 
         Each entry holds `tasks` (held now), `groups`, `traces`, `valid_rate`, `medal_rate`,
         `reward_mean` (over the traces rolled out on such tasks), and `admitted`, `evicted` (tasks)
-        and `merged` (traces that would have opened a task which the buffer already held).
+        and `merged` (traces that would have opened a task that another trace of their group opens
+        or that the buffer already held).
         """
         by_operator: dict[str, dict[str, float]] = {}
         by_competition: dict[str, dict[str, float]] = {}

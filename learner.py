@@ -799,8 +799,9 @@ class Learner:
 
     def load(self, directory: str | os.PathLike) -> None:
         """Go on from a checkpoint of `save`; further steps are bit-identical at the same number
-        of ranks on CPUs (on GPUs, atomic additions have no fixed order). A rank that the checkpoint does not know keeps its RNG. Collective. Raises OSError
-        when it is damaged or of another model."""
+        of ranks on CPUs (on GPUs, atomic additions have no fixed order). A rank that the checkpoint
+        does not know keeps its RNG. Collective. Raises OSError when it is damaged or of another
+        model."""
         with warnings.catch_warnings(), errors_as_os_error(f"{directory} cannot be loaded"):
             state = self._state()
             known = dcp.FileSystemReader(str(directory)).read_metadata().state_dict_metadata
@@ -1004,6 +1005,8 @@ def main() -> None:
     parser.add_argument("--token-budget", type=int, default=4096, help="tokens of a micro-batch")
     parser.add_argument("--no-share", action="store_true", help="compute each prompt G times")
     args = parser.parse_args()
+    if not (args.model_dir / "config.json").is_file():
+        parser.error(f"{args.model_dir}: no config.json there; give a Hugging Face model directory")
     config = LearnerConfig(dtype=args.dtype, max_response_tokens=args.response,
                            token_budget=args.token_budget, share_prompts=not args.no_share)
     learner = Learner(args.model_dir, config)

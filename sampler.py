@@ -67,7 +67,7 @@ def learnability_potential(mean, std, kind: str = "lp") -> np.ndarray:
         mean: of the task's rewards in [0, 1]; a scalar or an array.
         std: of its rewards within a group; of the same shape.
         kind: `lp` std * (1 - mean); `variance` mean * (1 - mean), the variance of a 0/1 reward;
-            `regret` 1 - mean where any reward was above zero, else 0; `uniform` 1.
+            `regret` 1 - mean where the mean is above zero, else 0; `uniform` 1.
 
     Raises ValueError for another kind.
 
@@ -108,10 +108,11 @@ NEVER = -IN_FLIGHT
 ROW = np.dtype([
     ("mean", "f4"), ("std", "f4"),  # recency-weighted: of the rewards, within groups
     ("evidence", "f4"),  # the number of rewards that they stand for
-    ("weight", "f4"),  # LP^(1/tau)
+    ("weight", "f4"),  # LP^(1/tau); 0 where that is below a float32
     ("last", "i8"),  # value of the draw counter at the last visit
     ("visits", "i4"), ("competition", "u2"), ("operator", "i1"),
     ("headroom", "f2"),  # the most that a step can gain
+    ("hopeless", "?"),  # visited, and no reward was above 0
     ("place", "i4"),  # position in the list of its competition's and operator's tasks
 ])
 
@@ -121,8 +122,8 @@ class AdaptiveSampler:
 
     Args:
         kind: the potential, see `learnability_potential`.
-        tau: temperature, at least 0.05 (LP^(1/tau) has to fit a float32); below 1 the highest
-            potentials are preferred more strongly.
+        tau: temperature, at least 0.05; below 1 the highest potentials are preferred more strongly.
+            (At 0.05 potentials below 0.006 have no weight as a float32: U alone draws them.)
         epsilon: share of the draws that go by U, in [0, 1].
         decay: weight of a group's rewards once the task's next group has arrived, in [0, 1).
         cooldown: draws until a visited task is fully back.
@@ -138,8 +139,8 @@ class AdaptiveSampler:
                  balance_operators: bool = True, seed: int = 0,
                  operators: Sequence[str] = OPERATORS):
         learnability_potential(0.0, 0.0, kind)  # refuses an unknown kind
-        if not (tau >= 0.05 and 0 <= epsilon <= 1 and 0 <= decay < 1 and cooldown >= 0
-                and prior_strength >= 0):
+        if not (tau >= 0.05 and 0 <= epsilon <= 1 and 0 <= decay < 1 and 0 <= cooldown < np.inf
+                and 0 <= prior_strength < np.inf):
             raise ValueError(
                 f"out of range: tau {tau} >= 0.05, epsilon {epsilon} in [0, 1], decay {decay} in "
                 f"[0, 1), cooldown {cooldown} >= 0, prior_strength {prior_strength} >= 0")
@@ -184,17 +185,22 @@ class AdaptiveSampler:
         Args:
             headroom: the most that a step can gain, in (0, 1]: 1 less the parent's base reward.
 
-        Raises ValueError for an id that is there already, an unknown operator, or a headroom out of
-        range.
+        Raises ValueError for an id that is there already, or was removed and its group has not come
+        back, an unknown operator, a headroom out of range, or a competition beyond the 65,536th.
         """
         if task_id in self:
             raise ValueError(f"task {task_id!r} is in the sampler already")
+        if task_id in self._removed_in_flight:
+            raise ValueError(f"task {task_id!r} was removed in flight: its group has to come first")
         if operator not in self.operators:
             raise ValueError(f"unknown operator {operator!r}; know {', '.join(self.operators)}")
         if not 0 < headroom <= 1:
             raise ValueError(f"the headroom of {task_id} has to be in (0, 1]: {headroom}")
         mean, std = self.prior(competition_id, headroom)
         if competition_id not in self.competitions:
+            if len(self.competitions) > np.iinfo(ROW["competition"]).max:
+                raise ValueError(f"{competition_id} is the 65,537th competition: ROW has room for "
+                                 "65,536")
             self.competitions.append(competition_id)
             self.levels.append(list(FIRST_LEVEL))
             self.members.append([array("i") for _ in self.operators])
@@ -209,7 +215,7 @@ class AdaptiveSampler:
         competition = self.competitions.index(competition_id)
         self._place(row, competition, self.operators.index(operator))
         self.table["headroom"][row] = headroom
-        self._write(row, mean, std, self.prior_strength, visits=0, last=NEVER)
+        self._write(row, mean, std, self.prior_strength, visits=0, hopeless=False, last=NEVER)
 
     def prior(self, competition_id: str, headroom: float = 1.0) -> tuple[float, float]:
         """Mean and standard deviation assumed of a task's rewards before its first visit: headroom
@@ -217,7 +223,8 @@ class AdaptiveSampler:
 
         The level is the mean over the competition's groups, whatever their operators, of mean and
         standard deviation per point of headroom; recency-weighted from the tenth group on
-        (`LEVEL_RATE`). It starts as learnable as a group can be, which counts as one group.
+        (`LEVEL_RATE`). It starts as learnable as a group can be, which counts as one group. A rough
+        guess: scaled apart, the two can be of more spread than rewards of that mean have.
 
         >>> sampler = AdaptiveSampler()
         >>> sampler.prior("titanic")
@@ -291,7 +298,8 @@ class AdaptiveSampler:
         share = rewards.size / (kept + rewards.size)  # of the new group
         self._write(row, float(old["mean"]) + share * (mean - float(old["mean"])),
                     float(old["std"]) + share * (std - float(old["std"])),
-                    kept + rewards.size, visits=int(old["visits"]) + 1, last=self.draws)
+                    kept + rewards.size, visits=int(old["visits"]) + 1, last=self.draws,
+                    hopeless=bool(rewards.max() <= 0 and (old["hopeless"] or not old["visits"])))
 
     def release(self, task_id: str) -> None:
         """Put a task back without a result: it is drawable as if it had not been drawn.
@@ -304,7 +312,7 @@ class AdaptiveSampler:
 
     def score(self, task_id: str) -> float:
         """The task's potential. Raises KeyError for an unknown id."""
-        return float(self.table["weight"][self._row(task_id)]) ** self.tau
+        return float(self._potential(self.table[self._row(task_id)]))
 
     def statistics(self, task_id: str) -> dict[str, float]:
         """mean (of the rewards), std (within groups), visits. Raises KeyError for an unknown id."""
@@ -314,7 +322,7 @@ class AdaptiveSampler:
 
     def metrics(self) -> dict[str, float]:
         """Mean and maximum of the potential over all tasks."""
-        potential = self.table["weight"][:len(self)].astype(float) ** self.tau
+        potential = self._potential(self.table[:len(self)])
         return {"lp_mean": float(potential.mean()) if len(self) else 0.0,
                 "lp_max": float(potential.max()) if len(self) else 0.0}
 
@@ -424,15 +432,19 @@ class AdaptiveSampler:
         self.counts[entry["competition"], entry["operator"]] -= 1
 
     def _write(self, row: int, mean: float, std: float, evidence: float, visits: int,
-               last: int) -> None:
+               hopeless: bool, last: int) -> None:
         entry = self.table[row]
         entry["mean"], entry["std"], entry["evidence"] = mean, std, evidence
-        entry["visits"], entry["last"] = visits, last
-        entry["weight"] = self._weight(entry["mean"], entry["std"])
+        entry["visits"], entry["hopeless"], entry["last"] = visits, hopeless, last
+        entry["weight"] = self._potential(entry) ** (1 / self.tau)
         self._sum_block(row // BLOCK, int(entry["operator"]))
 
-    def _weight(self, mean, std):
-        return learnability_potential(mean, std, self.kind) ** (1 / self.tau)
+    def _potential(self, rows: np.ndarray) -> np.ndarray:
+        """Of one row of the table, or of several. The prior left in the mean is no success."""
+        mean = rows["mean"]
+        if self.kind == "regret":
+            mean = np.where(rows["hopeless"], 0.0, mean)
+        return learnability_potential(mean, rows["std"], self.kind)
 
     def _weights(self, block: int, operator: int) -> np.ndarray:
         """(BLOCK,) weights, zero for the tasks of other operators and for unused rows."""
@@ -476,7 +488,7 @@ class AdaptiveSampler:
                              f"this sampler {list(self.operators)}")
         self.rng.bit_generator.state = state["rng"]
         self.draws, self.late = state["draws"], state["late"]
-        self.failures = state.get("failures", self.failures)  # older snapshots have none
+        self.failures = state.get("failures", 0.5)  # older snapshots have none
         self.in_flight = dict(state["in_flight"])
         self._removed_in_flight = set(state["removed_in_flight"])
         self.competitions = list(state["competitions"])
@@ -488,7 +500,7 @@ class AdaptiveSampler:
         table["headroom"] = 1.0  # older snapshots have none
         for name, column in state["table"].items():
             table[name] = column
-        table["weight"] = self._weight(table["mean"], table["std"])
+        table["weight"] = self._potential(table) ** (1 / self.tau)
         for row in np.argsort(table["place"], kind="stable").tolist():
             competition, operator = table["competition"][row], table["operator"][row]
             self.members[competition][operator].append(row)

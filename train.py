@@ -240,7 +240,7 @@ def parse_config(argv: list[str] | None = None) -> tuple[Config, argparse.Namesp
     3
     """
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
+        description=__doc__.split("\n\n")[0], allow_abbrev=False,
         epilog="Defaults shown are those of the tiny preset, which is taken on machines without "
                "nvidia-smi; PRESETS in train.py has what the others change.")
     parser.add_argument("--resume", metavar="RUN_DIR", help="go on with this run, with its config")

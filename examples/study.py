@@ -24,8 +24,10 @@ How the numbers are made (everything here is [ours]):
 3. The difference of an arm to `full` is paired: same competition, same training seed, over the
    seeds that both have. Its interval is a percentile bootstrap (95 %) over competitions and
    training seeds, both drawn anew, and so speaks of other competitions and other runs. With few
-   seeds it is too narrow: it takes the spread of S seeds for that of all, which is short by a
-   factor of sqrt(1 - 1/S); with one it speaks of other competitions alone.
+   seeds it is rough: it takes the spread of S seeds for that of all, which is short by a factor
+   of sqrt(1 - 1/S), but counts more than once what differs by seed and competition at a time
+   (simulated, 3 seeds, 16 competitions: 0.8 times as wide as it should be where all spread is the
+   seeds', 1.5 times where it is all such noise). With one seed it speaks of other competitions.
 4. Groups without gradient: all G advantages 0, counted over the whole run.
 5. Minutes: the training steps alone, without start and evaluation.
 6. "First script": human rank had the agent handed in its first script, a draft. It says what one
@@ -53,7 +55,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from rollout import RATES, lock_record  # noqa: E402
 from sandbox import CompetitionError, load_competitions  # noqa: E402
-from train import Config, UserError, die_with_parent, parse_config  # noqa: E402
+from train import Config, UserError, die_with_parent, parse_config, validate  # noqa: E402
 
 
 class StudyError(Exception):
@@ -117,14 +119,15 @@ def call(command: list, log: Path) -> None:
 def train(arm: str, seed: int, folder: Path, args: argparse.Namespace) -> dict:
     """Train one policy, or go on with it; what its metrics say. Held-out competitions stay out."""
     flags = ["--heldout", "", "--eval-drafts", 0]
+    competitions = competition_folder(args, ["train"])  # the links of a resumed run as well
     if any(folder.glob("checkpoints/step_*/DONE")):
         flags += ["--resume", folder]
     else:
         shutil.rmtree(folder, ignore_errors=True)
         flags += ["--preset", "tiny", "--run-dir", folder, "--seed", seed,
                   "--steps", args.steps, "--model", args.model, "--keep-checkpoints", 1,
-                  "--competitions", competition_folder(args, ["train"]),
-                  *ARMS[arm].train, *args.train_flags]
+                  "--competitions", competitions,
+                  *args.train_flags, *ARMS[arm].train]
     call([ROOT / "train.py", *flags], folder.with_suffix(".log"))
     return training_summary(folder)
 
@@ -153,9 +156,9 @@ def evaluate(arm: str, model: Path, splits: list[str], folder: Path, args: argpa
     out = folder / f"report-{'+'.join(splits)}.json"
     call([ROOT / "rollout.py", "--model", model, "--out", out,
           "--competitions", competition_folder(args, splits), "--allow-overlap",
-          "--steps", args.agent_steps, "--seeds", args.eval_seeds, "--cpu-seconds",
-          Config.cpu_seconds, "--parallel", args.parallel, "--max-num-seqs", args.parallel,
-          "--retries", args.retries,
+          "--steps", args.agent_steps, "--seeds", args.eval_seeds, "--retries", args.retries,
+          "--parallel", args.parallel, "--max-num-seqs", args.parallel,
+          "--cpu-seconds", args.config.cpu_seconds, *(["--unsafe"] if args.config.unsafe else []),
           *(ARMS[arm].agent if arm in ARMS else ())], folder.with_suffix(".log"))
     rows = json.loads(out.read_text())["runs"]
     return {split: [r for r in rows if r["competition_id"] in args.ids[split]]
@@ -194,17 +197,21 @@ def rank_by_step(rows: list[dict], steps: int) -> dict[str, list[float]]:
 
 
 def read_result(folder: Path) -> dict | None:
-    return read_json(folder / "result.json")
+    path = folder / "result.json"
+    result = read_json(path, "remove it; the same command then makes it again")
+    if result and not {"arm", "seed", "training", "evaluations"} <= result.keys():
+        raise StudyError(f"{path} is damaged: remove it; the same command then makes it again")
+    return result
 
 
-def read_json(path: Path) -> dict | None:
+def read_json(path: Path, remedy: str) -> dict | None:
     """None where there is no such file. Raises StudyError when it does not hold what it should."""
     try:
         value = json.loads(path.read_text()) if path.exists() else {}
     except ValueError:
         value = None
     if not isinstance(value, dict):
-        raise StudyError(f"{path} is damaged: remove it; the same command then makes it again")
+        raise StudyError(f"{path} is damaged: {remedy}")
     return value or None
 
 
@@ -505,14 +512,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     cut = words.index("--") if "--" in words else len(words)
     args = parser.parse_args(words[:cut])
     args.train_flags = words[cut + 1:]
-    for name, least in {"seeds": 1, "steps": 1, "eval_seeds": 1, "agent_steps": 1, "retries": 0,
-                        "parallel": 1}.items():
+    args.dev = sorted(set(args.dev))
+    for name, least in {"seeds": 1, "first_seed": 0, "steps": 1, "eval_seeds": 1, "agent_steps": 1,
+                        "retries": 0, "parallel": 1}.items():
         if getattr(args, name) < least:
             raise StudyError(f"--{name.replace('_', '-')} must be at least {least}")
     for word in (word.partition("=")[0] for word in args.train_flags):
         if word in MANAGED:
             raise StudyError(f"{word} after --: the study sets that itself")
-    parse_config(["--preset", "tiny", *args.train_flags])  # says what is wrong before hours are lost
+    # Says what is wrong before hours are lost.
+    args.config, others = parse_config(["--preset", "tiny", *args.train_flags])
+    validate(args.config, world_size=1)
+    if others.dry_run:
+        raise StudyError("--dry-run after --: a study has to train")
     return args
 
 
@@ -525,7 +537,9 @@ def find_competitions(args: argparse.Namespace) -> dict[str, dict[str, Path]]:
     if args.dev:
         if unknown := set(args.dev) - set(ids["train"]):
             raise StudyError(f"--dev {min(unknown)}: no such competition in {args.competitions}")
-        ids["dev"] = {name: ids["train"].pop(name) for name in sorted(set(args.dev))}
+        ids["dev"] = {name: ids["train"].pop(name) for name in args.dev}
+        if not ids["train"]:
+            raise StudyError("--dev: nothing is left to train on")
     if args.final:
         if seen := set(found(args.competitions)) & set(heldout := found(args.heldout)):
             raise StudyError(f"--heldout {args.heldout}: {min(seen)} is a competition of "
@@ -542,11 +556,17 @@ def check_settings(args: argparse.Namespace) -> None:
     settings |= {"model": str(args.model), "competitions": str(args.competitions),
                  "model's weights": weights_digest(args.model)}
     settings |= {f"{split} competitions": sorted(ids) for split, ids in args.ids.items()}
-    settings |= {f"arm {name}": list(ARMS[name].train + ARMS[name].agent) for name in args.arms}
-    settings |= {f"default {name}": value for name, value in asdict(Config()).items()}
-    begun = read_json(path) or {}
-    if not any(args.out.glob("*/result.json")):  # nothing has come of it yet
+    shown = {path.parent.name.rpartition("-")[0] for path in args.out.glob("*/result.json")}
+    settings |= {f"arm {name}": list(arm.train + arm.agent) for name, arm in ARMS.items()
+                 if name in shown or name in args.arms}
+    settings |= {f"train.py's {name}": value for name, value in asdict(args.config).items()
+                 if name not in PLACES}
+    begun = read_json(path, "its runs cannot be told from others now: give another --out") or {}
+    if not shown:  # nothing has come of it yet
         begun = {}
+    elif not begun:
+        raise StudyError(f"{path} is missing, and with it the settings of the runs in {args.out}: "
+                         "give another --out")
     for name, value in settings.items():
         if begun.get(name, value) != value:
             raise StudyError(f"{args.out} was begun with {name} {begun[name]!r}, not {value!r}: "

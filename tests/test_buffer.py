@@ -216,6 +216,11 @@ def test_a_crossover_takes_one_of_the_k_places():
     assert [t.operator for t in buffer.add(Group(root, traces))[0]] == ["improve", "crossover"]
 
 
+def test_where_a_group_adds_nothing_nothing_is_crossed():
+    buffer, root = crossing_buffer(children_per_group=0)
+    assert buffer.add(Group(root, [trace(root, "b", 0.5)]))[0] == []
+
+
 def test_a_pair_is_crossed_once_then_the_next_best_partner_is_taken():
     buffer, root = crossing_buffer()
     group = Group(root, [trace(root, "b", 0.5)])
@@ -328,6 +333,7 @@ def test_a_late_group_of_an_evicted_task_still_teaches(buffer):
     buffer.add(Group(root, [trace(root, "b")]))
     admitted, _ = buffer.add(Group(gone, [trace(gone, "c", 0.5)]))
     assert buffer.ancestry(admitted[0].id) == ["iris/draft", "iris/debug/a", "iris/improve/c"]
+    assert buffer.add(Group(gone, [trace(gone, "a")]))[0] == []  # no task is its own descendant
 
 
 @pytest.mark.parametrize("ids, capacity, message", [
@@ -335,6 +341,12 @@ def test_a_late_group_of_an_evicted_task_still_teaches(buffer):
 def test_impossible_buffers_are_refused(ids, capacity, message):
     with pytest.raises(ValueError, match=message):
         EvolvingBuffer(ids, capacity=capacity)
+
+
+@pytest.mark.parametrize("headroom", [-0.1, 1.1, float("nan")])
+def test_a_headroom_that_is_none_is_refused(headroom):
+    with pytest.raises(ValueError, match="headroom"):
+        EvolvingBuffer(["iris"], headroom=headroom)
 
 
 def test_groups_that_do_not_belong_are_refused(buffer, root):
@@ -412,6 +424,11 @@ def test_replay_goes_on_from_a_snapshot_and_reports_the_changes(tmp_path, root):
     whole = EvolvingBuffer(["iris", "wine"], capacity=3)
     assert len(whole.replay(tmp_path / "groups.jsonl")) == 3
     assert snapshot(whole) == snapshot(resumed)
+    (tmp_path / "groups.jsonl").write_bytes(b"")
+    resumed = logged(tmp_path, capacity=3)
+    resumed.load_state_dict(state)
+    with pytest.raises(ValueError, match="has 0 bytes, but the snapshot knows of"):
+        resumed.replay()
 
 
 @pytest.mark.parametrize("keep", [1, 40, -1])

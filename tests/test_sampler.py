@@ -57,6 +57,21 @@ def test_nothing_to_learn_from_always_and_never_solved_tasks():
         assert not learnability_potential([0.0, 1.0], [0.0, 0.0], kind).any()
 
 
+def test_regret_of_a_task_that_never_succeeded_is_none_whatever_its_prior():
+    sampler = AdaptiveSampler("regret")
+    for name in "ab":
+        sampler.add(f"{name}/draft", name, "draft")
+    assert sampler.score("a/draft") == 0.75  # not visited: the prior
+    sampler.update("a/draft", [0.0] * 4)
+    sampler.update("b/draft", [0.0, 0.0, 0.0, 1.0])
+    sampler.update("b/draft", [0.0] * 4)
+    assert sampler.score("a/draft") == 0.0 and sampler.score("b/draft") > 0.75
+    assert restored(sampler, kind="regret").state_dict() == sampler.state_dict()
+    sampler.update("a/draft", [0.0, 0.4])
+    sampler.update("a/draft", [0.0, 0.0])
+    assert sampler.score("a/draft") > 0.75
+
+
 def test_an_unknown_kind_is_refused_at_once():
     with pytest.raises(ValueError, match="unknown potential 'ucb'; choose one of lp, "):
         AdaptiveSampler(kind="ucb")
@@ -85,11 +100,18 @@ def test_a_level_is_of_rewards_for_each_point_of_headroom():
     assert sampler.score("a/stronger") == pytest.approx(0.25 * level[1] * (1 - 0.25 * level[0]))
 
 
+def test_a_headroom_below_a_hundredth_counts_as_one():
+    sampler = AdaptiveSampler()
+    sampler.add("a/improve", "a", "improve", headroom=0.001)
+    sampler.update("a/improve", [0.004, 0.004])
+    assert sampler.levels[0] == pytest.approx([(0.25 + 0.4) / 2, 3**0.5 / 8, 2])
+
+
 def test_a_level_is_at_most_one():
     sampler = AdaptiveSampler()
     sampler.add("a/improve", "a", "improve", headroom=0.05)
-    sampler.update("a/improve", [0.1, 0.1])  # two valid files, worth more than all there is to gain
-    assert sampler.prior("a") == pytest.approx(((0.25 + 1.0) / 2, 3**0.5 / 8))
+    sampler.update("a/improve", [0.0, 0.2])  # mean and spread are more than all there is to gain
+    assert sampler.prior("a") == pytest.approx(((0.25 + 1.0) / 2, (3**0.5 / 4 + 1.0) / 2))
 
 
 def test_a_competitions_level_follows_its_groups():
@@ -338,6 +360,28 @@ def test_unknown_ids_are_errors_and_groups_of_removed_tasks_are_counted():
             call()
 
 
+def test_a_task_removed_in_flight_does_not_come_back_before_its_group():
+    sampler = roots("ab")
+    sampler.draw(2)
+    sampler.remove("a/draft")
+    with pytest.raises(ValueError, match="removed in flight"):
+        sampler.add("a/draft", "a", "draft")
+    sampler.update("a/draft", [0, 1])
+    sampler.add("a/draft", "a", "draft")
+    assert sampler.late == 1 and sampler.draw() == ["a/draft"]
+    sampler.remove("a/draft")
+    sampler.release("a/draft")  # nor after its group was given up
+    sampler.add("a/draft", "a", "draft")
+
+
+def test_one_competition_too_many_is_refused_and_leaves_no_trace():
+    sampler = AdaptiveSampler()
+    sampler.competitions = [str(number) for number in range(65_536)]
+    with pytest.raises(ValueError, match="65,537th"):
+        sampler.add("x/draft", "x", "draft")
+    assert len(sampler) == 0 and "x/draft" not in sampler
+
+
 @pytest.mark.parametrize("call, message", [
     (lambda s: s.add("a/draft", "a", "draft"), "already"),
     (lambda s: s.add("x", "a", "mutate"), "unknown operator"),
@@ -346,6 +390,7 @@ def test_unknown_ids_are_errors_and_groups_of_removed_tasks_are_counted():
     (lambda s: AdaptiveSampler(tau=0.01), "out of range"),
     (lambda s: AdaptiveSampler(tau=float("nan")), "out of range"),
     (lambda s: AdaptiveSampler(prior_strength=-1), "out of range"),
+    (lambda s: AdaptiveSampler(cooldown=float("inf")), "out of range"),
     (lambda s: s.add("x", "a", "improve", 0.0), "headroom of x"),
     (lambda s: s.add("x", "a", "improve", float("nan")), "headroom of x"),
     (lambda s: s.add("x", "a", "improve", 1.5), "headroom of x"),
@@ -429,12 +474,29 @@ def test_a_snapshot_loads_into_another_kind():
     assert copy.score("a/draft") == pytest.approx(0.5)
 
 
-def test_a_snapshot_from_before_headrooms_loads():
+def test_an_older_snapshot_loads():
     state = with_scores(roots("a"), a=[0, 1]).state_dict()
-    del state["table"]["headroom"]
+    for name in ("headroom", "hopeless"):
+        del state["table"][name]
+    del state["failures"]
     sampler = AdaptiveSampler()
+    sampler.failures = 0.9
     sampler.load_state_dict(state)
-    assert sampler.state_dict()["table"]["headroom"] == [1.0]
+    again = sampler.state_dict()
+    assert again["table"]["headroom"] == [1.0] and again["table"]["hopeless"] == [False]
+    assert again["failures"] == 0.5
+
+
+def test_a_snapshot_knows_what_was_removed_in_flight_and_is_not_changed_afterwards():
+    sampler = roots("ab")
+    sampler.draw(2)
+    sampler.remove("a/draft")
+    state = sampler.state_dict()
+    copy = AdaptiveSampler()
+    copy.load_state_dict(state)
+    copy.update("a/draft", [1.0])
+    copy.update("b/draft", [0.0, 1.0])
+    assert copy.late == 1 and state == sampler.state_dict()
 
 
 # ---- properties

@@ -70,7 +70,8 @@ class Programs:
         out = Path(value["--out"])
         arm = out.parent.name.rpartition("-")[0] or out.parent.name
         names = sorted(path.name for path in Path(value["--competitions"]).iterdir())
-        rows = [{"competition_id": name, "seed": seed, "valid": True, "medal": "gold", "score": 1.0,
+        medal = "none" if arm == "no-buffer" else "gold"
+        rows = [{"competition_id": name, "seed": seed, "valid": True, "medal": medal, "score": 1.0,
                  "human_rank": QUALITY[arm] + 0.01 * seed, "above_median": True,
                  "human_rank_by_step": [QUALITY[arm] / 2, QUALITY[arm] + 0.01 * seed],
                  "first_draft_valid": False, "steps_to_first_valid": 3}
@@ -100,22 +101,31 @@ def test_doctests():
 
 
 def test_a_study_from_start_to_end_and_nothing_to_do_the_second_time(folders, tmp_path, programs):
-    assert study.main(arguments(folders, tmp_path, "--", "--groups", "2")) == 0
+    more = ["--model", str(folders), "--retries", "5", "--", "--groups", "2", "--cpu-seconds", "7"]
+    assert study.main(arguments(folders, tmp_path, *more)) == 0
     assert set(results(tmp_path)) == {"before", "full-0", "full-1", "no-buffer-0", "no-buffer-1"}
     trained = [(flags, value) for name, flags, value in programs.calls if name == "train.py"]
     assert [value["--seed"] for _, value in trained] == ["0", "0", "1", "1"]
     assert ["--no-buffer" in flags for flags, _ in trained] == [False, True, False, True]
     assert all(value["--groups"] == "2" and value["--heldout"] == "" for _, value in trained)
+    assert all(value["--model"] == str(folders) for _, value in trained)
+    evaluated = [value for name, _, value in programs.calls if name == "rollout.py"]
+    assert [value["--model"] for value in evaluated] == [str(folders)] + [
+        str(tmp_path / name / "policy") for name in ("full-0", "no-buffer-0", "full-1",
+                                                     "no-buffer-1")]
+    assert all(value["--retries"] == "5" and value["--cpu-seconds"] == "7.0"
+               for value in evaluated)
     table = (tmp_path / "table.md").read_text()
     row = next(line for line in table.splitlines() if "no buffer" in line)
     assert "| no buffer: drafts only | 2 | 0.605 ± 0.000 | -0.100 [-0.100, -0.100] |" in row
     assert "| 0.300 ± 0.000 | -0.050 [-0.050, -0.050] |" in row  # the first script
-    assert "| 100.0 ± 0.0 |" in row and "2.00 ± 0.00" in row  # medals; extra steps: 3 - 1
+    assert "| 0.0 ± 0.0 | -100.0 [-100.0, -100.0] | 100.0 ± 0.0 |" in row  # medals; valid
+    assert "2.00 ± 0.00" in row  # extra steps: 3 - 1
     assert "| 16.7 ± 0.0 | 1.5 ± 0.0 |" in row  # 1 of 6 groups; 3 steps of half a minute
     assert "Training seeds 0, 1 (first scripts: 0, 1); 3 steps of 8 rollouts" in table
     assert (tmp_path / "study.png").stat().st_size > 10_000
     before = list(programs.calls)
-    assert study.main(arguments(folders, tmp_path, "--", "--groups", "2")) == 0
+    assert study.main(arguments(folders, tmp_path, *more)) == 0
     assert programs.calls == before
 
 
@@ -177,10 +187,25 @@ def test_runs_made_before_and_after_a_default_changed_are_not_mixed(folders, tmp
                                                                     capsys, monkeypatch):
     study.main(arguments(folders, tmp_path))
     capsys.readouterr()
-    monkeypatch.setattr(study, "Config", dataclasses.make_dataclass(
-        "Config", [("tau", float, 0.9)], bases=(study.Config,)))
+    parse_config = study.parse_config
+
+    def with_another_default(argv):
+        config, others = parse_config(argv)
+        return dataclasses.replace(config, tau=0.9), others
+
+    monkeypatch.setattr(study, "parse_config", with_another_default)
     assert study.main(arguments(folders, tmp_path)) == 2
-    assert "default tau 1.0, not 0.9" in capsys.readouterr().err
+    assert "train.py's tau 1.0, not 0.9" in capsys.readouterr().err
+
+
+def test_runs_of_other_flags_in_a_file_of_the_same_name_are_not_mixed(folders, tmp_path, programs,
+                                                                      capsys):
+    file = tmp_path / "flags.yaml"
+    for tau, status in ((0.5, 0), (0.7, 2)):
+        file.write_text(f"tau: {tau}\n")
+        more = ("--", "--config", str(file))
+        assert study.main(arguments(folders, tmp_path / "out", *more)) == status
+    assert "train.py's tau 0.5, not 0.7" in capsys.readouterr().err
 
 
 def test_other_competitions_under_the_same_name_are_not_mixed(folders, tmp_path, programs, capsys):
@@ -209,6 +234,15 @@ def test_settings_bind_once_there_is_a_result(folders, tmp_path, programs, capsy
     monkeypatch.setitem(study.ARMS, "no-buffer", study.Arm("another", ("--frontier", "64")))
     assert study.main(arguments(folders, tmp_path)) == 2
     assert "arm no-buffer ['--no-buffer'], not ['--frontier', '64']" in capsys.readouterr().err
+    assert study.main(arguments(folders, tmp_path, "--arms", "full")) == 2  # the table has its rows
+    assert "arm no-buffer" in capsys.readouterr().err
+
+
+def test_what_an_arm_changes_is_not_changed_back(folders, tmp_path, programs):
+    study.main(arguments(folders, tmp_path, "--", "--buffer"))
+    flags = next(flags for name, flags, _ in programs.calls
+                 if name == "train.py" and "--no-buffer" in flags)
+    assert study.parse_config(flags)[0].buffer is False
 
 
 def test_two_studies_do_not_share_a_directory(folders, tmp_path, programs, capsys):
@@ -228,28 +262,45 @@ def test_a_plain_call_keeps_the_held_out_rows_and_a_copy_is_no_seed(folders, tmp
 
 
 def test_links_to_competitions_that_moved_are_made_anew(folders, tmp_path, programs):
+    programs.cut = "after a checkpoint"
+    assert study.main(arguments(folders, tmp_path)) == 130
     link = tmp_path / "competitions/train/rail-wear"
-    link.parent.mkdir(parents=True)
+    link.unlink()
     link.symlink_to("/nowhere")
-    assert study.main(arguments(folders, tmp_path)) == 0
+    programs.cut = "after a checkpoint"  # the resumed run, too: nothing is linked after it
+    assert study.main(arguments(folders, tmp_path)) == 130
     assert link.resolve() == (folders / "train/rail-wear").resolve()
 
 
-@pytest.mark.parametrize("name, text", [("full-0/result.json", '{"arm": "full", "se'),
-                                        ("full-0/result.json", "[1]"), ("study.json", "[1]")])
-def test_a_damaged_file_is_named(folders, tmp_path, programs, capsys, name, text):
+@pytest.mark.parametrize("text", ['{"arm": "full", "se', "[1]", '{"arm": "full"}'])
+def test_a_damaged_result_is_named_and_made_again(folders, tmp_path, programs, capsys, text):
+    path = tmp_path / "full-0/result.json"
     study.main(arguments(folders, tmp_path))
-    (tmp_path / name).write_text(text)
+    path.write_text(text)
     capsys.readouterr()
     assert study.main(arguments(folders, tmp_path)) == 2
     error = capsys.readouterr().err.splitlines()[-1]  # a progress bar may stand before it
-    assert f"{name} is damaged: remove it" in error
-    (tmp_path / name).unlink()
+    assert "full-0/result.json is damaged: remove it" in error
+    path.unlink()
     assert study.main(arguments(folders, tmp_path)) == 0
 
 
+@pytest.mark.parametrize("text", ["[1]", None])
+def test_without_their_settings_runs_are_not_mixed_with_others(folders, tmp_path, programs, capsys,
+                                                               text):
+    study.main(arguments(folders, tmp_path))
+    (tmp_path / "study.json").unlink()
+    if text:
+        (tmp_path / "study.json").write_text(text)
+    capsys.readouterr()
+    assert study.main(arguments(folders, tmp_path, "--eval-seeds", "3")) == 2
+    error = capsys.readouterr().err.strip()
+    assert len(error.splitlines()) == 1 and "study.json is" in error and "another --out" in error
+
+
 @pytest.mark.parametrize("flags", [["--seed", "7"], ["--competitions=x"], ["--steps", "a"],
-                                   ["--grups", "4"]])
+                                   ["--grups", "4"], ["--see", "7"], ["--tau", "0"],
+                                   ["--dry-run"]])
 def test_flags_for_training_are_checked_before_anything_runs(folders, tmp_path, programs, flags):
     try:
         status = study.main(arguments(folders, tmp_path, "--", *flags))
@@ -260,6 +311,8 @@ def test_flags_for_training_are_checked_before_anything_runs(folders, tmp_path, 
 
 @pytest.mark.parametrize("more, words", [
     (["--dev", "titanic"], "--dev titanic"), (["--seeds", "0"], "--seeds"),
+    (["--first-seed", "-1"], "--first-seed"),
+    (["--dev", *COMPETITIONS["train"]], "--dev: nothing is left to train on"),
     (["--competitions", "/nowhere"], "/nowhere"), (["--out", "/proc/study"], "/proc/study"),
     (["--out", __file__], "test_study.py")])
 def test_bad_arguments_are_one_line_and_status_2(folders, tmp_path, capsys, more, words):
@@ -297,6 +350,8 @@ def test_differences_are_paired_by_competition_and_seed():
     # uniform: seed 0 (0.6 - 0.7, 0.3 - 0.4), seed 1 (0.7 - 0.9, 0.4 - 0.5); seed 2 has no partner
     assert uniform["by_seed"] == pytest.approx([-0.1, -0.15])
     assert uniform["difference"] == pytest.approx(-0.125)
+    assert uniform["interval"] == pytest.approx(
+        study.bootstrap_interval(np.array([[-0.1, -0.1], [-0.2, -0.1]])))
     assert uniform["medal by_seed"] == pytest.approx([0.0, -0.5])  # full: seed 1, both of c0
     assert uniform["no gradient"][0] == pytest.approx((0.4 + 0.2 + 0.2) / 3)
     assert "difference" not in full and full["human rank"] == pytest.approx((0.625, 0.075))
