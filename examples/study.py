@@ -594,20 +594,20 @@ def main(argv: list[str] | None = None) -> int:
         args.ids = find_competitions(args)
         args.splits = list(args.ids)
         args.out = args.out.resolve()
-        lock = lock_record(args.out)  # noqa: F841  held until the end
-        check_settings(args)
-        # Seed by seed, so that what there is can be compared at any time, and a machine that
-        # becomes slower does so for all arms.
-        seeds = range(args.first_seed, args.first_seed + args.seeds)
-        jobs = [(BEFORE, None)] + [(arm, seed) for seed in seeds for arm in args.arms]
-        bar = tqdm(jobs, unit="run")
-        for arm, seed in bar:
-            bar.set_description(arm if seed is None else f"{arm}-{seed}")
-            run(arm, seed, args)
-            report(args, picture=(arm, seed) == jobs[-1])
-        print((args.out / "table.md").read_text())
-        print(f"{args.out}/table.md, study.png")
-        return 0
+        with lock_record(args.out):
+            check_settings(args)
+            # Seed by seed, so that what there is can be compared at any time, and a machine that
+            # becomes slower does so for all arms.
+            seeds = range(args.first_seed, args.first_seed + args.seeds)
+            jobs = [(BEFORE, None)] + [(arm, seed) for seed in seeds for arm in args.arms]
+            bar = tqdm(jobs, unit="run")
+            for arm, seed in bar:
+                bar.set_description(arm if seed is None else f"{arm}-{seed}")
+                run(arm, seed, args)
+                report(args, picture=(arm, seed) == jobs[-1])
+            print((args.out / "table.md").read_text())
+            print(f"{args.out}/table.md, study.png")
+            return 0
     except (StudyError, CompetitionError, UserError, OSError) as error:
         print(f"study.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -101,7 +101,8 @@ def test_doctests():
 
 
 def test_a_study_from_start_to_end_and_nothing_to_do_the_second_time(folders, tmp_path, programs):
-    more = ["--model", str(folders), "--retries", "5", "--", "--groups", "2", "--cpu-seconds", "7"]
+    more = ["--model", str(folders), "--retries", "5", "--", "--groups", "2", "--cpu-seconds", "7",
+            "--unsafe"]
     assert study.main(arguments(folders, tmp_path, *more)) == 0
     assert set(results(tmp_path)) == {"before", "full-0", "full-1", "no-buffer-0", "no-buffer-1"}
     trained = [(flags, value) for name, flags, value in programs.calls if name == "train.py"]
@@ -110,6 +111,7 @@ def test_a_study_from_start_to_end_and_nothing_to_do_the_second_time(folders, tm
     assert all(value["--groups"] == "2" and value["--heldout"] == "" for _, value in trained)
     assert all(value["--model"] == str(folders) for _, value in trained)
     evaluated = [value for name, _, value in programs.calls if name == "rollout.py"]
+    assert all("--unsafe" in flags for _, flags, _ in programs.calls)  # training and agents alike
     assert [value["--model"] for value in evaluated] == [str(folders)] + [
         str(tmp_path / name / "policy") for name in ("full-0", "no-buffer-0", "full-1",
                                                      "no-buffer-1")]
