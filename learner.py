@@ -376,7 +376,15 @@ class MicroBatch:
     def build(
         cls, sequences: list[Sequence], device: torch.device, share_prompts: bool = True
     ) -> MicroBatch:
-        """Lay sequences out in one row; no sequences make a dummy whose loss is 0."""
+        """Lay sequences out in one row; no sequences make a dummy whose loss is 0.
+
+        A prompt p of three tokens with the responses a (three) and b (two); nothing has to be
+        predicted from the last token of a sequence, so it is no input:
+
+            row         p1 p2 p3   a1 a2   b1      segments of 3, 2, 1; parents -1, 0, 0
+            position     0  1  2    3  4    3
+            predictors  2 3 4 (of a1 a2 a3)  2 5 (of b1 b2): places in the row
+        """
         real = bool(sequences)
         if not real:
             sequences = [Sequence(np.zeros(2, np.int32), 1, np.zeros(1, np.float32), 0.0)]

@@ -18,7 +18,8 @@ What is whose:
            response may be sampled by two versions. Each token keeps the log-probability under
            the weights that sampled it, and a trace's version is that of its oldest token.
         3. Prompt blocks in the prefix cache are salted with the policy version: G responses
-           share one prefill, and no request reads blocks that older weights computed.
+           share one prefill, and no request that begins after a swap reads blocks of older
+           weights.
         4. The agent's search rule (AIDE's: draft n, debug failures, else improve the best), its
            memory (AIDE's: design, result, validation score of what worked), its final choice by
            the validation score that the script printed.
@@ -88,7 +89,8 @@ class PromptBudget:
 
 
 def clip_middle(text: str, limit: int) -> str:
-    """Cut the middle out of a text that is too long; both ends matter in logs.
+    """Cut the middle out of a text that is too long, to about `limit` characters; both ends matter
+    in logs.
 
     >>> clip_middle("abcdefghij", 7)
     'ab ... ij'
@@ -703,7 +705,6 @@ class Request:
     task: Task
     n: int
     handout_version: int = 0  # learner's version when the task was handed out
-    epoch: int = 0  # run epoch: +1 with each resume, so that a stray answer is recognised
     purpose: str = "train"  # "train", or a label of eval.jsonl such as "before/heldout"
 
 
@@ -755,8 +756,8 @@ class SandboxRefused(RuntimeError):
     """Scripts can no longer be isolated: no fault of theirs, so it must not become a reward."""
 
 
-def describe_run(trace: Trace, run: Execution) -> None:
-    """Copy what the sandbox found into the trace. Raises SandboxRefused when nothing was run."""
+def record_run(trace: Trace, run: Execution, competition: Competition) -> None:
+    """Note in the trace what the sandbox found. Raises SandboxRefused when nothing was run."""
     if run.status == "refused":
         raise SandboxRefused(f"scripts cannot be executed: {run.reason}")
     trace.status, trace.exit_code, trace.seconds = run.status, run.exit_code, run.seconds
@@ -764,6 +765,7 @@ def describe_run(trace: Trace, run: Execution) -> None:
     trace.validation_score, trace.valid, trace.score = run.validation_score, run.valid, run.score
     trace.medal, trace.human_rank, trace.reason = run.medal, run.human_rank, run.reason
     trace.isolation, trace.reused = run.isolation, run.reused
+    trace.claim = claim(trace, competition)
 
 
 def execute(trace: Trace, task: Task, competition: Competition, sandbox: Sandbox,
@@ -772,8 +774,7 @@ def execute(trace: Trace, task: Task, competition: Competition, sandbox: Sandbox
     if not trace.code:
         return trace
     run = sandbox.run(competition, trace.code, timeout=config.timeout)
-    describe_run(trace, run)
-    trace.claim = claim(trace, competition)
+    record_run(trace, run, competition)
     trace.base_reward = base_reward(run, config.reward)
     held = max(task.parents, key=lambda parent: standing(parent.claim), default=None)
     trace.reward = step_reward(
@@ -831,8 +832,7 @@ def rollout(request: Request, engine, sandbox, prompter: Prompter, config: Rollo
         text = prompter.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
         traces.append(make_trace(task, index, prompt_ids, completion, version, text))
     traces = list(pool.map(lambda t: execute(t, task, competition, sandbox, config), traces))
-    group = Group(task=task, traces=traces, epoch=request.epoch,
-                  handout_version=request.handout_version)
+    group = Group(task, traces, handout_version=request.handout_version)
     return Result(request, group, seconds_rollout=generated - started,
                   seconds_sandbox=time.monotonic() - generated)
 
@@ -1095,8 +1095,7 @@ def run_agent(competition: Competition, seed: int, engine, sandbox, prompter: Pr
             execution = sandbox.run(competition, trace.code, timeout=min(config.timeout, left))
             if execution.status == "refused":
                 raise CompetitionError(f"{competition.id}: {execution.reason}")
-            describe_run(trace, execution)
-            trace.claim = claim(trace, competition)
+            record_run(trace, execution, competition)
             submission = execution.submission
         run.add(trace, design_of(text), (time.monotonic() - started) / 3600, submission)
         progress(1)
@@ -1146,10 +1145,19 @@ def evaluate(competitions: list[Competition], seeds: range, engine, sandbox, pro
                         run_agent, competition, seed, engine, sandbox, prompter, config, agent,
                         folder / f"{competition.id}-{seed}", bar.update))
             wait(jobs, return_when=FIRST_EXCEPTION)
-            failed = next((job for job in jobs if job.done() and job.exception()), None)
-            return [failed.result()] if failed else [job.result() for job in jobs]
+            for job in jobs:
+                if job.done() and job.exception():
+                    raise job.exception()
+            return [job.result() for job in jobs]
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file at one stroke: a kill meanwhile leaves the old one, or none."""
+    new = path.with_name(path.name + ".new")
+    new.write_text(text)
+    new.replace(path)
 
 
 def check_settings(folder: Path, settings: dict) -> None:
@@ -1161,8 +1169,7 @@ def check_settings(folder: Path, settings: dict) -> None:
     path = folder / "settings.json"
     settings = json.loads(json.dumps(settings))
     if not path.exists():
-        path.with_suffix(".new").write_text(json.dumps(settings, indent=1) + "\n")
-        path.with_suffix(".new").rename(path)
+        write_whole(path, json.dumps(settings, indent=1) + "\n")
     try:
         found = json.loads(path.read_text())
         found.keys()
@@ -1176,9 +1183,9 @@ def check_settings(folder: Path, settings: dict) -> None:
                 f"{settings.get(name)!r}: give another --out, or remove it")
 
 
-def lock_record(folder: Path):
-    """A file whose lock says that this process writes to `folder`; it ends with the file, or with
-    the process however that ends.
+def lock_record(folder: Path, flag: str = "--out"):
+    """A file whose lock says that this process writes to `folder`, which `flag` has named; the lock
+    ends with the file, or with the process however that ends.
 
     Raises:
         CompetitionError: another process holds it, or it cannot be made.
@@ -1189,10 +1196,10 @@ def lock_record(folder: Path):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return lock
     except BlockingIOError:
-        raise CompetitionError(f"{folder}: another program is writing to it; wait for its end, "
-                               "or give another --out") from None
+        raise CompetitionError(f"{flag} {folder}: another program is writing to it; wait for its "
+                               "end, or give another folder") from None
     except OSError as error:
-        raise CompetitionError(f"--out: {error}") from None
+        raise CompetitionError(f"{flag}: {error}") from None
 
 
 def describe_hardware() -> dict:

@@ -194,12 +194,13 @@ class Competition:
         competition_id = _field(config, "id", where)
         home = Path(data).resolve() / competition_id if data else directory
 
+        dataset = _field(config, "dataset", where, dict)
+
         def file(name: str) -> Path:
             parts = Path(_field(dataset, name, f"{where}: dataset")).parts
             parts = parts[1:] if parts[:1] == (competition_id,) else parts
             return home.joinpath(*parts).resolve()
 
-        dataset = _field(config, "dataset", where, dict)
         answers, sample = file("answers"), file("sample_submission")
         text = _field({"description": "description.md"} | config, "description", where)
         description, board = directory / Path(text).name, directory / "leaderboard.csv"
@@ -210,6 +211,8 @@ class Competition:
         for path in (description, board, answers, sample):
             if not (path.is_file() or path == answers != home and path.is_dir()):
                 raise CompetitionError(f"{path}: missing file of competition {competition_id!r}")
+            if not os.access(path, os.R_OK):
+                raise CompetitionError(f"{path}: this user may not read it")
         Sample.read(sample, 1)
         scores, lower = _read_leaderboard(board)
         gold, silver, bronze = (float(scores[rank - 1]) for rank in medal_ranks(len(scores)))
@@ -984,10 +987,12 @@ def _drop_to(uid: int) -> None:
 def _limit(request: dict) -> None:
     """Resource limits, soft and hard; the nanny's are tighter, these hold between its looks."""
     megabyte = 1 << 20
-    limits = {"CORE": 0, "MEMLOCK": 0, "MSGQUEUE": 0, "NICE": 0, "RTPRIO": 0, "NOFILE": 256}
-    # The kernel's count of CPU seconds runs ahead of the nanny's where a hypervisor steals time.
-    limits |= {"CPU": math.ceil(1.5 * request["cpu_seconds"]) + 1}
-    limits |= {"FSIZE": request["file_mb"] * megabyte}
+    limits = {
+        "CORE": 0, "MEMLOCK": 0, "MSGQUEUE": 0, "NICE": 0, "RTPRIO": 0, "NOFILE": 256,
+        # The kernel's count runs ahead of the nanny's where a hypervisor steals time.
+        "CPU": math.ceil(1.5 * request["cpu_seconds"]) + 1,
+        "FSIZE": request["file_mb"] * megabyte,
+    }
     if not request["gpu"]:  # CUDA reserves far more address space than it uses
         base = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         limits["AS"] = base + (request["memory_mb"] + 1024) * megabyte
@@ -1397,8 +1402,9 @@ def _serve(control: socket.socket) -> None:
         failed = _preload(config["preload"])
         _prctl(_PR_SET_DUMPABLE, 0)
         setup, problem = _find_layers(config, root)
-        hello = {name: getattr(setup, name) for name in ("root", "layers", "roots", "uid_base")}
-        hello |= {"landlock_abi": setup.landlock_abi, "problem": problem, "failed": failed}
+        hello = {name: getattr(setup, name)
+                 for name in ("root", "layers", "roots", "uid_base", "landlock_abi")}
+        hello |= {"problem": problem, "failed": failed}
         control.send(json.dumps(hello).encode())
         poll = select.poll()
         poll.register(control, select.POLLIN)
@@ -1460,12 +1466,16 @@ def _make_scratch(parent: str) -> str:
     for path in Path(parent).glob("acegrpo-sandbox-*"):
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             continue
-        if os.fstat(descriptor).st_uid == os.geteuid():
-            remove_tree(str(path))
-        os.close(descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(descriptor).st_uid == os.geteuid():
+                remove_tree(str(path))
+        except BlockingIOError:
+            pass
+        finally:
+            os.close(descriptor)
     fresh = tempfile.mkdtemp(prefix="acegrpo-new-", dir=parent)
     fcntl.flock(os.open(fresh, os.O_RDONLY | os.O_DIRECTORY), fcntl.LOCK_EX)
     root = fresh.replace("acegrpo-new-", "acegrpo-sandbox-")

@@ -61,7 +61,8 @@ import numpy as np
 
 from buffer import OPERATORS, EvolvingBuffer, Group, Task, last_line
 from rollout import (Engine, EngineConfig, PromptBudget, Prompter, Request, Result, RolloutConfig,
-                     RolloutWorker, gpus_of_slots, read_settings, trained_on)
+                     RolloutWorker, gpus_of_slots, lock_record, read_settings, trained_on,
+                     write_whole)
 from sampler import AdaptiveSampler
 from sandbox import CompetitionError, Sandbox, load_competitions
 
@@ -303,9 +304,13 @@ def refuse_to_change(base: dict, given: dict) -> None:
     if new["buffer"] != base["buffer"]:
         raise UserError(f"--{'' if new['buffer'] else 'no-'}buffer: --resume {run_dir} began "
                         f"with{'' if base['buffer'] else 'out'} the buffer and goes on so")
-    if new["groups"] != base["groups"]:
-        raise UserError(f"--groups {new['groups']}: --resume {run_dir} began with {base['groups']} "
-                        "groups a step and must keep them")
+    for name in ("groups", "responses"):  # finished groups wait in the checkpoint
+        if new[name] != base[name]:
+            raise UserError(f"--{name} {new[name]}: --resume {run_dir} began with {base[name]} and "
+                            "must keep them")
+    if (base["stale"], new["stale"]) == ("drop", "wait"):
+        raise UserError(f"--stale wait: --resume {run_dir} began with --stale drop, and groups may "
+                        "have become too old already")
     if new["max_staleness"] < base["max_staleness"]:
         raise UserError(f"--max-staleness {new['max_staleness']}: --resume {run_dir} has handed "
                         f"out tasks for {base['max_staleness']}, which may only grow")
@@ -452,8 +457,7 @@ class Curriculum:
         """Begin, once the engines have the weights: what a checkpoint found in flight is handed out
         again here."""
         for task_id, version in self.in_flight.items():
-            self.tasks.put(Request(self.buffer.tasks[task_id], self.config.responses, version,
-                                   self.epoch))
+            self.tasks.put(Request(self.buffer.tasks[task_id], self.config.responses, version))
         self.thread = threading.Thread(target=self.run, name="curriculum", daemon=True)
         self.thread.start()
 
@@ -487,7 +491,7 @@ class Curriculum:
             self.in_flight[task.id] = self.version
             self.handed += 1
             self.issued += 1
-            self.tasks.put(Request(task, config.responses, self.version, self.epoch))
+            self.tasks.put(Request(task, config.responses, self.version))
 
     # -- taking in
 
@@ -495,8 +499,6 @@ class Curriculum:
         """File one result. Call with the lock held."""
         self.arrived = time.monotonic()
         request, group = result.request, result.group
-        if request.epoch != self.epoch:
-            return  # handed out before a resume
         if request.purpose != "train":
             self.evaluations.append(result)
             return
@@ -512,6 +514,7 @@ class Curriculum:
             self.buffer.remove(task_id)
             self.sampler.remove(task_id)
             return
+        group.epoch = self.epoch
         # The buffer first: its log may fail (disk full), and then nothing has happened yet.
         admitted, evicted = self.buffer.add(group, self.sampler.score, self.in_flight)
         self.sampler.update(task_id, group.rewards, group.failed)
@@ -638,6 +641,7 @@ class Curriculum:
             return {
                 "buffer": self.buffer.state_dict(),
                 "sampler": self.sampler.state_dict(),
+                "epoch": self.epoch,
                 "version": self.version,
                 "handed": self.handed,
                 "issued": self.issued,
@@ -959,9 +963,9 @@ for folder in folders:
 def start_guard(folders: list[Path]) -> None:
     """Start a process that outlives this one and cleans up when it has ended, however it did.
 
-    It removes folders, and kills what is left of this process's group (vLLM's engine, the
-    sandbox's fork server) when this process leads a session of its own, as every rank under
-    torchrun does. Needs Linux 5.3 (pidfd_open).
+    It removes folders, and kills what is left of this process's group (vLLM's engine; the sandbox's
+    fork server has a session of its own, and ends with its owner) when this process leads a session
+    of its own, as every rank under torchrun does. Needs Linux 5.3 (pidfd_open).
     """
     leads = os.getsid(0) == os.getpid()
     command = [sys.executable, "-ISc", GUARD, str(os.getpid()), str(os.getpid() if leads else 0),
@@ -985,7 +989,7 @@ def die_with_parent() -> None:
     parent = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died in between
-        os._exit(1)
+        leave(1)
 
 
 INTERRUPTED = threading.Event()
@@ -1032,6 +1036,7 @@ def rollout_main(config: Config, rank: int, address, key: bytes) -> None:
     threading.Thread(target=answer_watchdog, name="watchdog", daemon=True,
                      args=(rank, connect(f"watchdog/{rank}"), doing)).start()
     competitions = sum(load_splits(config), [])
+    engine_number = (rank - config.learner_ranks) // config.tensor_parallel
     model = local_model(config.model)
     tokenizer = AutoTokenizer.from_pretrained(model)
     budget = PromptBudget(config.description_chars, config.preview_chars, config.output_chars)
@@ -1040,7 +1045,7 @@ def rollout_main(config: Config, rank: int, address, key: bytes) -> None:
                       cpu_seconds=config.cpu_seconds, memory_mb=config.memory_mb,
                       disk_mb=config.disk_mb, file_mb=config.disk_mb,
                       gpus=gpus_of_slots(config.sandbox_gpus, config.sandbox_slots,
-                                         rank * config.sandbox_slots),
+                                         engine_number * config.sandbox_slots),
                       unsafe=config.unsafe, scratch=str(boxes),
                       delay=config.sandbox_delay, attempts=2, reuse_mb=config.reuse_mb)
     if sandbox.problem:
@@ -1263,8 +1268,8 @@ class Run:
         results = curriculum.next_batch()
         waited = time.monotonic()
         version = learner.version
-        metrics = {**EMPTY_METRICS, "step": self.step + 1, "policy_version": version,
-                   **batch_metrics(results, version)}
+        metrics = {"step": self.step + 1, "policy_version": version,
+                   **batch_metrics(results, version), **EMPTY_METRICS}
         sequences = make_batch(results, self.config)
         metrics["groups_trained"] = len(sequences) // self.config.responses
         self.dull = 0 if sequences else self.dull + 1
@@ -1354,7 +1359,7 @@ class Run:
             return
         self.begin(f"waits for the drafts {when} training")
         requests = [Request(Task.root(c), self.config.eval_drafts, self.learner.version,
-                            self.curriculum.epoch, f"{when}/{split}")
+                            purpose=f"{when}/{split}")
                     for split, ids in self.splits.items() for c in ids]
         with tqdm(total=len(requests), desc=f"drafts {when} training", unit="competition") as bar:
             rows = evaluation_rows(self.curriculum.evaluate(requests, lambda: bar.update()))
@@ -1375,7 +1380,7 @@ class Run:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         self.everyone("save", str(folder / "learner"))
-        state = {"step": self.step, "epoch": self.curriculum.epoch, **self.curriculum.state_dict()}
+        state = {"step": self.step, **self.curriculum.state_dict()}
         with open(folder / "curriculum.json", "w") as file:
             json.dump(state, file)
             file.flush()
@@ -1383,9 +1388,7 @@ class Run:
         self.everyone("publish", self.dir / "policy")
         sizes = {str(path.relative_to(folder)): path.stat().st_size
                  for path in sorted(folder.rglob("*")) if path.is_file()}
-        done = folder / "DONE.new"
-        done.write_text(json.dumps(sizes))
-        done.rename(folder / "DONE")
+        write_whole(folder / "DONE", json.dumps(sizes))
         for old in self.checkpoints()[:-self.config.keep_checkpoints]:
             (old / "DONE").unlink()  # first, so that what is left of it never counts
             shutil.rmtree(old)
@@ -1440,12 +1443,12 @@ def reading(run_dir: Path, what: str, remedy: str = "start a new run"):
                         f"{error}); {remedy}")
 
 
-# Every row of metrics.jsonl has the same keys, null where a step had nothing to learn from.
+# Every row of metrics.jsonl has the same keys: these are null where a step had nothing to learn
+# from.
 EMPTY_METRICS = dict.fromkeys(
-    "step policy_version reward_mean reward_std valid_rate medal_rate groups groups_trained tokens "
-    "tokens_total tokens_computed staleness_mean staleness_max loss grad_norm learning_rate "
-    "skipped kl kl_ref logprob_diff clip_frac clip_frac_low clip_frac_high entropy is_ratio_mean "
-    "ess logprob_gap unique_scripts".split())
+    "tokens tokens_total tokens_computed loss grad_norm learning_rate skipped kl kl_ref "
+    "logprob_diff clip_frac clip_frac_low clip_frac_high entropy is_ratio_mean ess "
+    "logprob_gap".split())
 
 
 def mend_traces(run_dir: Path) -> None:
@@ -1691,7 +1694,8 @@ def prepare_run_dir(config: Config, resume: bool, splits: tuple[list, list]):
         the open file whose lock keeps other runs out until it is closed, or this process ends.
 
     Raises:
-        UserError: it cannot be made or written, is in use, or not empty though not resumed.
+        UserError: it cannot be made or written, or is not empty though not resumed.
+        CompetitionError: it is in use.
     """
     run_dir = Path(config.run_dir)
     try:
@@ -1700,14 +1704,11 @@ def prepare_run_dir(config: Config, resume: bool, splits: tuple[list, list]):
             raise UserError(f"--run-dir {run_dir}: not empty; use --resume {run_dir} to go on with "
                             "it, or another directory")
         run_dir.chmod(0o700)
-        lock = open(run_dir / "lock", "w")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock = lock_record(run_dir, "--run-dir")
         if not resume:
             describe_run(config, splits)
+            (run_dir / "launch").write_text(f"{start_of_run():.2f}")
         return lock
-    except BlockingIOError:
-        raise UserError(f"--run-dir {run_dir}: another process trains there; wait for its end, or "
-                        "give another directory")
     except OSError as error:
         raise UserError(f"--run-dir {run_dir}: {error.strerror}; give another directory")
 
@@ -1715,13 +1716,10 @@ def prepare_run_dir(config: Config, resume: bool, splits: tuple[list, list]):
 def describe_run(config: Config, splits: tuple[list, list]) -> None:
     """config.json, and splits.json, by which an evaluation knows what its policy was trained on."""
     run_dir = Path(config.run_dir)
-    new = run_dir / "config.json.new"
-    new.write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
-    new.replace(run_dir / "config.json")  # at one stroke: without it nothing can be resumed
-    (run_dir / "launch").write_text(f"{start_of_run():.2f}")
+    write_whole(run_dir / "config.json", json.dumps(dataclasses.asdict(config), indent=1) + "\n")
     ids = {name: [c.id for c in own] for name, own in zip(("train", "heldout"), splits)}
     ids["train"] += [name for name in trained_on(config.model) if name not in ids["train"]]
-    (run_dir / "splits.json").write_text(json.dumps(ids, indent=1) + "\n")
+    write_whole(run_dir / "splits.json", json.dumps(ids, indent=1) + "\n")
 
 
 def planned_world(preset: str) -> tuple[int, int]:
@@ -1854,9 +1852,9 @@ def main(argv: list[str] | None = None) -> int:
         if rank > 0 and isinstance(error, (EOFError, ConnectionError)):
             print(f"rank {rank}: the connection to rank 0 is lost", file=sys.stderr, flush=True)
         elif rank == 0 and config and isinstance(error, OSError):  # a full disk, most of all
-            free = shutil.disk_usage(Path(config.run_dir).parent).free / 1e9
-            say(f"train.py: {error} ({free:.1f} GB are free beside {config.run_dir}); "
-                f"{how_to_go_on(config)}")
+            beside = next(p for p in Path(config.run_dir).absolute().parents if p.exists())
+            say(f"train.py: {error} ({shutil.disk_usage(beside).free / 1e9:.1f} GB are free in "
+                f"{beside}); {how_to_go_on(config)}")
         else:
             traceback.print_exc()
         return 1

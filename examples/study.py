@@ -48,12 +48,13 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from rollout import RATES, lock_record  # noqa: E402
+from rollout import RATES, lock_record, write_whole  # noqa: E402
 from sandbox import CompetitionError, load_competitions  # noqa: E402
 from train import Config, UserError, die_with_parent, parse_config, validate  # noqa: E402
 
@@ -86,6 +87,9 @@ KEPT = ("competition_id seed valid medal score human_rank above_median first_dra
 PLACES = "model competitions heldout data_dir run_dir resume".split()  # of train.py's settings
 MANAGED = ("--preset --run-dir --seed --steps --model --keep-checkpoints --competitions --heldout "
            "--eval-drafts --resume").split()  # flags of train.py that the study sets itself
+SET = "seed steps preset eval_drafts keep_checkpoints".split()  # by the study, so not by the user
+SHARED = ("timeout cpu_seconds memory_mb disk_mb temperature max_model_len description_chars "
+          "preview_chars output_chars").split()  # flags of train.py that its agents are given, too
 BEFORE = "before"  # the policy that all arms start from
 SPLITS = {"train": "training", "dev": "development", "heldout": "held-out"}
 
@@ -158,7 +162,9 @@ def evaluate(arm: str, model: Path, splits: list[str], folder: Path, args: argpa
           "--competitions", competition_folder(args, splits), "--allow-overlap",
           "--steps", args.agent_steps, "--seeds", args.eval_seeds, "--retries", args.retries,
           "--parallel", args.parallel, "--max-num-seqs", args.parallel,
-          "--cpu-seconds", args.config.cpu_seconds, *(["--unsafe"] if args.config.unsafe else []),
+          *(["--unsafe"] if args.config.unsafe else []),
+          *(word for name in SHARED
+            for word in ("--" + name.replace("_", "-"), getattr(args.config, name))),
           *(ARMS[arm].agent if arm in ARMS else ())], folder.with_suffix(".log"))
     rows = json.loads(out.read_text())["runs"]
     return {split: [r for r in rows if r["competition_id"] in args.ids[split]]
@@ -172,7 +178,7 @@ def run(arm: str, seed: int, args: argparse.Namespace) -> None:
                                      "evaluations": {}, "evaluation_minutes": {}}
     if arm != BEFORE and result["training"] is None:
         result["training"] = train(arm, seed, folder, args)
-        write_json(folder / "result.json", result)
+        write_whole(folder / "result.json", json.dumps(result) + "\n")
     missing = [split for split in args.splits if split not in result["evaluations"]]
     if missing:
         folder.mkdir(parents=True, exist_ok=True)
@@ -182,7 +188,7 @@ def run(arm: str, seed: int, args: argparse.Namespace) -> None:
             result["evaluations"][split] = [{name: row[name] for name in KEPT} for row in rows]
             result.setdefault("by_step", {})[split] = rank_by_step(rows, args.agent_steps)
         result["evaluation_minutes"]["+".join(missing)] = (time.monotonic() - started) / 60
-        write_json(folder / "result.json", result)
+        write_whole(folder / "result.json", json.dumps(result) + "\n")
 
 
 def rank_by_step(rows: list[dict], steps: int) -> dict[str, list[float]]:
@@ -213,12 +219,6 @@ def read_json(path: Path, remedy: str) -> dict | None:
     if not isinstance(value, dict):
         raise StudyError(f"{path} is damaged: {remedy}")
     return value or None
-
-
-def write_json(path: Path, value) -> None:
-    """All of it or nothing, whenever the program is killed."""
-    path.with_suffix(".new").write_text(json.dumps(value) + "\n")
-    path.with_suffix(".new").rename(path)
 
 
 def competition_folder(args: argparse.Namespace, splits: list[str]) -> Path:
@@ -309,11 +309,18 @@ MEASURES = {"human rank": "human_rank", "any medal": "any_medal_rate", "valid": 
             "extra steps to first valid": "extra_steps_to_first_valid"}
 
 
+class Difference(NamedTuple):
+    """Of an arm to the full method, paired by competition and training seed."""
+
+    mean: float
+    interval: tuple[float, float]  # bootstrap, 95 %
+    by_seed: list[float]
+
+
 def summarize(results: list[dict], splits: list[str], steps: int) -> list[dict]:
-    """A row for each split and arm: {"split", "arm", "seeds", measure: (mean, error), ...}, with
-    "difference", "by_seed" and "interval" to full of the human rank ("medal difference", ...: of
-    medals), "by_step" (agent steps,), "first seeds" (those it is known of) and the same of the
-    first script where there are any; the order is that of SPLITS, and of ARMS after `before`."""
+    """A row for each split and arm, in the order of SPLITS, and of ARMS after `before`:
+    {"split", "arm", "seeds", measure: (mean, error), ..., "to full": {measure: Difference}}, and
+    "by_step" (agent steps,) and "first seeds" (those it is known of) where there are any."""
     rows = []
     for split in (s for s in SPLITS if s in splits):
         tables = {title: cells(results, split, name, steps) for title, name in MEASURES.items()}
@@ -322,7 +329,7 @@ def summarize(results: list[dict], splits: list[str], steps: int) -> list[dict]:
                  for arm, runs in by_step.items()}
         for arm in (a for a in (BEFORE, *ARMS) if a in rank):
             own = [r for r in results if r["arm"] == arm and r["evaluations"].get(split)]
-            row = {"split": split, "arm": arm, "seeds": len(own)}
+            row = {"split": split, "arm": arm, "seeds": len(own), "to full": {}}
             row |= {title: mean_and_error([v.mean() for v in table[arm].values()])
                     for title, table in tables.items()}
             if arm != BEFORE:
@@ -332,13 +339,14 @@ def summarize(results: list[dict], splits: list[str], steps: int) -> list[dict]:
                 row["first script"] = mean_and_error([v.mean() for v in first[arm].values()])
                 row["first seeds"] = [seed for seed in by_step[arm] if seed is not None]
                 row["by_step"] = np.mean([v.mean(0) for v in by_step[arm].values()], 0).tolist()
-            for prefix, table in (("", rank), ("first ", first), ("medal ", tables["any medal"])):
+            for title, table in (("human rank", rank), ("first script", first),
+                                 ("any medal", tables["any medal"])):
                 difference = (paired_difference(table[arm], table["full"])
                               if arm != "full" and arm in table and "full" in table else None)
                 if difference is not None:
-                    row[prefix + "difference"] = float(difference.mean())
-                    row[prefix + "by_seed"] = difference.mean(1).tolist()
-                    row[prefix + "interval"] = bootstrap_interval(difference)
+                    row["to full"][title] = Difference(float(difference.mean()),
+                                                       bootstrap_interval(difference),
+                                                       difference.mean(1).tolist())
             rows.append(row)
     return rows
 
@@ -356,11 +364,11 @@ def markdown(rows: list[dict], results: list[dict], args: argparse.Namespace) ->
         return f"{mean * scale:.{digits}f}" + ("" if error is None
                                                else f" ± {error * scale:.{digits}f}")
 
-    def difference(row, prefix="", scale=1.0, digits=3):
-        if prefix + "difference" not in row:
+    def difference(row, measure, scale=1.0, digits=3):
+        if measure not in row["to full"]:
             return "-"
-        mean, low, high = (f"{value * scale:+.{digits}f}" for value in (
-            row[prefix + "difference"], *row[prefix + "interval"]))
+        found = row["to full"][measure]
+        mean, low, high = (f"{v * scale:+.{digits}f}" for v in (found.mean, *found.interval))
         return f"{mean} [{low}, {high}]"
 
     lines = ["| competitions | arm | seeds | human rank | difference to full [95 %] | first script "
@@ -372,11 +380,10 @@ def markdown(rows: list[dict], results: list[dict], args: argparse.Namespace) ->
         text = "before RL" if row["arm"] == BEFORE else ARMS[row["arm"]].text
         lines.append("| " + " | ".join([
             SPLITS[row["split"]], text, "-" if row["arm"] == BEFORE else str(row["seeds"]),
-            show(row["human rank"]), difference(row),
-            show(row.get("first script")), difference(row, "first "),
-            show(row["any medal"], 100, 1), difference(row, "medal ", 100, 1),
-            show(row["valid"], 100, 1),
-            show(row["first draft valid"], 100, 1),
+            show(row["human rank"]), difference(row, "human rank"),
+            show(row.get("first script")), difference(row, "first script"),
+            show(row["any medal"], 100, 1), difference(row, "any medal", 100, 1),
+            show(row["valid"], 100, 1), show(row["first draft valid"], 100, 1),
             show(row["extra steps to first valid"], digits=2),
             show(row.get("no gradient"), 100, 1), show(row.get("minutes"), digits=1)]) + " |")
     seeds = sorted({r["seed"] for r in results if r["training"]})
@@ -435,11 +442,11 @@ def draw(rows: list[dict], out: Path) -> None:
             y, color = places[row["arm"]] + shift[row["split"]], colors[row["split"]]
             mean, error = row["any medal"]
             medals.errorbar(mean, y, xerr=error, fmt="o", color=color, capsize=3)
-            if "difference" in row:
-                ranks.plot(row["interval"], [y, y], color=color, linewidth=3, alpha=0.45)
-                ranks.plot(row["by_seed"], [y] * len(row["by_seed"]), "o", color=INK, alpha=0.4,
-                           markersize=3.5)
-                ranks.plot(row["difference"], y, "o", color=color, markersize=7)
+            if difference := row["to full"].get("human rank"):
+                ranks.plot(difference.interval, [y, y], color=color, linewidth=3, alpha=0.45)
+                ranks.plot(difference.by_seed, [y] * len(difference.by_seed), "o", color=INK,
+                           alpha=0.4, markersize=3.5)
+                ranks.plot(difference.mean, y, "o", color=color, markersize=7)
         for split in splits:
             ranks.plot([], [], "o", color=colors[split], label=SPLITS[split])
         legend(ranks, ncols=1)
@@ -560,7 +567,7 @@ def check_settings(args: argparse.Namespace) -> None:
     settings |= {f"arm {name}": list(arm.train + arm.agent) for name, arm in ARMS.items()
                  if name in shown or name in args.arms}
     settings |= {f"train.py's {name}": value for name, value in asdict(args.config).items()
-                 if name not in PLACES}
+                 if name not in PLACES + SET}
     begun = read_json(path, "its runs cannot be told from others now: give another --out") or {}
     if not shown:  # nothing has come of it yet
         begun = {}
@@ -571,7 +578,7 @@ def check_settings(args: argparse.Namespace) -> None:
         if begun.get(name, value) != value:
             raise StudyError(f"{args.out} was begun with {name} {begun[name]!r}, not {value!r}: "
                              "give another --out")
-    write_json(path, begun | settings)
+    write_whole(path, json.dumps(begun | settings) + "\n")
 
 
 def weights_digest(model: Path) -> str:

@@ -41,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import mini_mlebench as bench  # noqa: E402
 from buffer import Task, Trace  # noqa: E402
 from learner import Sequence  # noqa: E402
-from rollout import PromptBudget, describe_run, encode_chat, task_messages  # noqa: E402
+from rollout import PromptBudget, encode_chat, record_run, task_messages  # noqa: E402
 from sandbox import Competition, Sandbox  # noqa: E402
 
 # The budget of train.py's tiny preset: the policy is taught what it will be asked.
@@ -377,7 +377,7 @@ def make_examples(rng: random.Random, worlds: list, count: int, answers: int, ra
             choice = rng.randrange(len(failures))
             spec, competition, parent, source = failures[choice]
             trace = Trace(f"t{index}", "", competition.id, "draft", code=source)
-            describe_run(trace, runs[choice])
+            record_run(trace, runs[choice], competition)
             operator = "improve" if trace.valid else "debug"  # some mistakes only cost score
         task = Task(f"{competition.id}/{operator}", competition.id, operator, parent=trace)
         texts = [answer_to(operator, parent, spec, rate, rng).source(spec, rng)

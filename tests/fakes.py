@@ -197,7 +197,7 @@ def install() -> None:
     """Put the fakes where train.py looks for the real parts."""
     options = json.loads(os.environ.get("FAKE", "{}"))
     role, deadly_version = options.get("die", ("nobody", 0))
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) >= options.get("deaths", 1):
         role = "nobody"
     rank = os.environ.get("RANK", "0")
 

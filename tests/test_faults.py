@@ -37,7 +37,7 @@ import rollout
 import train
 from buffer import Task
 from rollout import EngineDead, PromptBudget, Prompter, Request, RolloutConfig
-from sandbox import Execution, Sandbox, load_competitions
+from sandbox import CompetitionError, Execution, Sandbox, load_competitions
 from train import Config, UserError, WorkerDied
 
 STEPS = 6
@@ -429,7 +429,8 @@ def test_a_resume_with_other_competitions_is_refused_and_the_next_one_goes_on(wo
 def test_a_run_directory_has_one_run_at_a_time(world):
     with train.prepare_run_dir(world.config(), False, ([], [])):
         for resume in (False, True):
-            with pytest.raises(UserError, match="another process trains there|not empty"):
+            with pytest.raises((UserError, CompetitionError),
+                               match="another program is writing|not empty"):
                 train.prepare_run_dir(world.config(), resume, ([], []))
     train.prepare_run_dir(world.config(), True, ([], [])).close()
 
@@ -702,14 +703,15 @@ def test_the_rollout_process_dies(world):
 
 
 def test_torchrun_replaces_a_dead_learner_rank_and_the_run_goes_on(world):
-    """--max-restarts: the new ranks find the run directory, whose name nobody gave, by themselves."""
+    """--max-restarts: the new ranks find the run directory, whose name nobody gave, by themselves;
+    more than once."""
     flags = command(world, learner_ranks=2, run_dir="")
-    run = launch(world, torchrun(3) + ["--max-restarts=1"] + flags, die=["learner 1", 3])
+    run = launch(world, torchrun(3) + ["--max-restarts=2"] + flags, die=["learner 1", 3], deaths=2)
     text = run.finish(300)
-    assert "resuming" in text and "after step 2" in text
+    assert text.count("resuming") == 2 and "after step 2" in text
     (world.dir,) = (world.folder / "runs").iterdir()
-    world.assert_good(epochs=2)
-    assert {g["epoch"] for g in world.groups()} == {0, 1}
+    world.assert_good(epochs=3)
+    assert {g["epoch"] for g in world.groups()} == {0, 1, 2}
     run.assert_nothing_stays()
 
 
@@ -718,8 +720,9 @@ def test_a_directory_of_another_run_is_not_resumed_by_a_restart(world, monkeypat
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert not train.restarted_by_torchrun(world.config())
-    train.describe_run(world.config(), ([], []))
-    assert train.restarted_by_torchrun(world.config())
+    config = world.config(run_dir=str(world.folder / "ours"))
+    train.prepare_run_dir(config, False, ([], [])).close()
+    assert train.restarted_by_torchrun(config)
 
 
 @pytest.mark.parametrize("execution, timeout", [

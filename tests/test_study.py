@@ -350,14 +350,14 @@ def test_differences_are_paired_by_competition_and_seed():
         result("before", None, [[0.0, 0.2], [0.1, 0.1]])], ["train"], 20)
     before, full, uniform = rows
     # uniform: seed 0 (0.6 - 0.7, 0.3 - 0.4), seed 1 (0.7 - 0.9, 0.4 - 0.5); seed 2 has no partner
-    assert uniform["by_seed"] == pytest.approx([-0.1, -0.15])
-    assert uniform["difference"] == pytest.approx(-0.125)
-    assert uniform["interval"] == pytest.approx(
+    rank, medals = (uniform["to full"][title] for title in ("human rank", "any medal"))
+    assert rank.by_seed == pytest.approx([-0.1, -0.15]) and rank.mean == pytest.approx(-0.125)
+    assert rank.interval == pytest.approx(
         study.bootstrap_interval(np.array([[-0.1, -0.1], [-0.2, -0.1]])))
-    assert uniform["medal by_seed"] == pytest.approx([0.0, -0.5])  # full: seed 1, both of c0
+    assert medals.by_seed == pytest.approx([0.0, -0.5])  # full: seed 1, both of c0
     assert uniform["no gradient"][0] == pytest.approx((0.4 + 0.2 + 0.2) / 3)
-    assert "difference" not in full and full["human rank"] == pytest.approx((0.625, 0.075))
-    assert before["by_seed"] == pytest.approx([(0.1 + 0.1) / 2 - 0.55, (0.1 + 0.1) / 2 - 0.7])
+    assert not full["to full"] and full["human rank"] == pytest.approx((0.625, 0.075))
+    assert before["to full"]["human rank"].by_seed == pytest.approx([0.1 - 0.55, 0.1 - 0.7])
     assert before["extra steps to first valid"][0] == pytest.approx((20 + 0 + 0 + 0) / 4)
 
 
@@ -375,10 +375,10 @@ def test_the_rank_by_step_keeps_what_a_run_had_and_is_left_out_where_unknown():
     full, uniform, neither = rows
     assert full["first script"] == (pytest.approx(0.15), None)
     assert full["by_step"] == pytest.approx([0.15, 0.275, 0.3, 0.3])
-    assert "first difference" not in full and "by_step" not in uniform
+    assert "first script" not in full["to full"] and "by_step" not in uniform
     assert full["first seeds"] == [0] and study.first_seeds(rows) == "0"  # of 0 and 1
-    assert neither["first difference"] == pytest.approx(-0.1)  # (0 - 0.1, 0.1 - 0.2)
-    assert neither["first interval"] == pytest.approx((-0.1, -0.1))
+    assert neither["to full"]["first script"].mean == pytest.approx(-0.1)  # (0 - 0.1, 0.1 - 0.2)
+    assert neither["to full"]["first script"].interval == pytest.approx((-0.1, -0.1))
 
 
 def test_the_interval_covers_both_seeds_and_competitions():
