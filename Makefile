@@ -56,4 +56,4 @@ test-long: setup
 	$(BIN)/python -m pytest -q -rs --durations=20
 
 clean:
-	rm -rf $(VENV) data build .pytest_cache .hypothesis
+	rm -rf $(VENV) data .pytest_cache .hypothesis

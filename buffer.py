@@ -268,7 +268,8 @@ def select_parents(traces: Iterable[Trace], count: int) -> list[Trace]:
     """At most `count` traces, unlike each other, valid and failed ones taking turns.
 
     Valid ones come best first, one for each reward (to two digits: about one per cent of the
-    leaderboard); failed ones in their order, one for each error type.
+    leaderboard); failed ones likewise (a refused submission has 0.05, a crash 0), one for each
+    error type.
 
     >>> def trace(name, base=0.0, status="ok"):
     ...     return Trace(name, "c/draft", "c", "draft", valid=base > 0, base_reward=base,
@@ -488,28 +489,28 @@ class EvolvingBuffer:
         partner = max(partners, key=lambda task: task.parent.base_reward)
         return [(group.traces.index(trace), partner.id)]
 
+    def _drop(self, task_ids: list[str]) -> None:
+        for task in map(self.tasks.get, task_ids):
+            self._count(task.competition_id, task.operator, evicted=1)
+            if task.operator == "improve":
+                self._improve[task.competition_id].remove(task.id)
+        if gone := set(task_ids):
+            # A new dictionary: one that entries are popped from keeps their places, and grows.
+            self.tasks = {name: task for name, task in self.tasks.items() if name not in gone}
+
     def _apply(self, record: dict[str, Any]) -> Change:
         """Bring a decision into effect: the only place where tasks and counters change."""
         self.sequence = record["sequence"]
         if "removed" in record:
-            gone = self.tasks.pop(record["removed"])
-            if gone.operator == "improve":
-                self._improve[gone.competition_id].remove(gone.id)
-            self._count(gone.competition_id, gone.operator, evicted=1)
-            return Change(self.sequence, None, gone.id, np.zeros(0, np.float32), 0.0, [],
-                          [gone.id])
+            gone = record["removed"]
+            self._drop([gone])
+            return Change(self.sequence, None, gone, np.zeros(0, np.float32), 0.0, [], [gone])
         task = Task.from_json(record["task"])
         traces = [Trace.from_json(data) for data in record["traces"]]
         admitted = [task.child(traces[entry]) if isinstance(entry, int)
                     else task.crossing(traces[entry[0]], self.tasks[entry[1]].parent)
                     for entry in record["admitted"]]
-        for gone in (self.tasks[task_id] for task_id in record["evicted"]):
-            self._count(gone.competition_id, gone.operator, evicted=1)
-            if gone.operator == "improve":
-                self._improve[gone.competition_id].remove(gone.id)
-        if evicted := set(record["evicted"]):
-            # A new dictionary: one that entries are popped from keeps their places, and grows.
-            self.tasks = {name: task for name, task in self.tasks.items() if name not in evicted}
+        self._drop(record["evicted"])
         for child in admitted:
             self.tasks[child.id] = child
             if child.operator == "improve":
@@ -519,9 +520,9 @@ class EvolvingBuffer:
             task.competition_id, task.operator, groups=1, traces=len(traces),
             valid=sum(t.valid for t in traces), medals=sum(t.medal != "none" for t in traces),
             reward=math.fsum(t.reward for t in traces), merged=record["merged"])
-        rewards = np.array([t.reward for t in traces], np.float32)
-        return Change(record["sequence"], record["epoch"], task.id, rewards,
-                      Group(task, traces).failed, admitted, list(record["evicted"]))
+        group = Group(task, traces)
+        return Change(self.sequence, record["epoch"], task.id, group.rewards, group.failed,
+                      admitted, list(record["evicted"]))
 
     # ---- looking
 

@@ -52,7 +52,7 @@ KL_KINDS = ("k1", "k2", "k3")
 
 
 def group_advantages(
-    rewards: Tensor, kind: str = "grpo", eps: float = 1e-6, tolerance: float = 1e-6
+    rewards: Tensor, kind: str = "dr_grpo", eps: float = 1e-6, tolerance: float = 1e-6
 ) -> Tensor:  # fmt: skip
     """Group-relative advantages: how much better a trace did than its group.
 

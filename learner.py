@@ -389,34 +389,30 @@ class MicroBatch:
         if not real:
             sequences = [Sequence(np.zeros(2, np.int32), 1, np.zeros(1, np.float32), 0.0)]
         parts, positions, sizes, parents, predictors = [], [], [], [], []
-        families: dict[bytes, tuple[int, int]] = {}  # prompt -> its segment, its end
+
+        def lay(tokens: np.ndarray, first: int, parent: int) -> None:
+            """Add a segment to the row; `first` is the position of its first token."""
+            parts.append(tokens)
+            positions.append(np.arange(first, first + len(tokens)))
+            sizes.append(len(tokens))
+            parents.append(parent)
+
+        families: dict[bytes, tuple[int, int]] = {}  # prompt -> its segment, its end in the row
         prompts = [prompt_key(sequence) for sequence in sequences]
         uses = Counter(prompts)
-        end = 0
         for sequence, prompt in zip(sequences, prompts):
-            p, total = sequence.prompt_length, len(sequence.tokens)
+            p, inputs = sequence.prompt_length, sequence.tokens[:-1]
+            begin, parent, prompt_end = 0, -1, sum(sizes) + p
             if share_prompts and uses[prompt] > 1:
                 if prompt not in families:
-                    parts.append(sequence.tokens[:p])
-                    positions.append(np.arange(p))
-                    sizes.append(p)
-                    parents.append(-1)
-                    end += p
-                    families[prompt] = len(sizes) - 1, end
-                parent, prompt_end = families[prompt]
-                begin = p
-            else:
-                parent, prompt_end, begin = -1, end + p, 0
-            inputs = sequence.tokens[begin : total - 1]
-            response_start = end + (p - begin)  # of the response in the row
-            if len(inputs):  # a response of one token adds no input
-                parts.append(inputs)
-                positions.append(np.arange(begin, total - 1))
-                sizes.append(len(inputs))
-                parents.append(parent)
-                end += len(inputs)
+                    lay(inputs[:p], 0, -1)
+                    families[prompt] = len(sizes) - 1, sum(sizes)
+                begin, (parent, prompt_end) = p, families[prompt]
+            start = sum(sizes) + p - begin  # of the response in the row
+            if len(inputs) > begin:  # a response of one token adds no input
+                lay(inputs[begin:], begin, parent)
             predictors.append([prompt_end - 1])
-            predictors.append(np.arange(response_start, response_start + total - p - 1))
+            predictors.append(np.arange(start, start + len(inputs) - p))
         lengths = np.array([len(s.tokens) - s.prompt_length for s in sequences])
         filled = np.arange(lengths.max())[None, :] < lengths[:, None]
         behavior = np.zeros(filled.shape, np.float32)
@@ -766,7 +762,7 @@ class Learner:
             else:
                 (staging / "model.safetensors.index.json").write_text(
                     json.dumps({"metadata": {}, "weight_map": index}))
-            copy_model_files(directory if directory.exists() else self.model_dir, staging)
+            copy_model_files(self.model_dir, staging)
             replace_directory(staging, directory)
         if self.group:
             dist.barrier(self.group)  # nobody goes on before the directory is there
@@ -912,7 +908,8 @@ def memory_plan(
         bytes: `parameters`, `gradients`, `optimizer` (float32 shards), `reference`; `gathered`,
         parameters and gradients of the layers in flight; `activations`; `head`, chunks of logits
         and the head's gradient; `total` of these on the device. `host`: in the memory of the
-        first rank's node while it reads the model, and with cpu_offload every rank's states.
+        first rank's node while it reads the model, and with cpu_offload the states of all learner
+        ranks, as if they were on that node.
         `parameter_count` is a number, not bytes.
 
     Raises:
@@ -947,7 +944,7 @@ def memory_plan(
     plan = {**states, "gathered": gathered, "activations": activations, "head": head}
     host = 4 * count
     if config.cpu_offload:
-        host += sum(states.values())
+        host += ranks * sum(states.values())
         plan.update(dict.fromkeys(states, 0))
     plan["total"] = sum(plan.values())
     plan.update(host=host, parameter_count=count)

@@ -28,7 +28,7 @@ What is the paper's and what is ours:
             as much as `prior_strength` rewards, so that one group without spread lowers a potential
             but does not end it.
  4. [ours]  share(operator) = how often an agent would take such a step now, times the mean
-            LP^(1/tau) that a draw inside the operator meets. A quarter of the steps are taken to be
+            LP^(1/tau) that a draw inside the operator meets; the shares add up to 1. A quarter of the steps are taken to be
             drafts (`DRAFTS`). The others follow a script: one that failed is debugged, any other
             improved (or crossed, half and half). So debug steps get rare as the scripts of the last
             groups, whatever their operators, get valid (at first half of them are taken to fail),
@@ -382,11 +382,12 @@ class AdaptiveSampler:
         if not self.balance_operators:
             return total
         debug = (1 - DRAFTS) * self.failures
-        often = {"draft": DRAFTS, "debug": debug}
-        others = sum(t > 0 for name, t in zip(self.operators, total.tolist()) if name not in often)
+        fixed = {"draft": DRAFTS, "debug": debug}
+        others = sum(t > 0 for name, t in zip(self.operators, total.tolist()) if name not in fixed)
         rest = (1 - DRAFTS - debug) / max(others, 1)
-        often = np.array([often.get(name, rest) for name in self.operators])
-        return often * np.divide(squares, total, out=np.zeros_like(total), where=total > 0)
+        frequency = np.array([fixed.get(name, rest) for name in self.operators])
+        met = np.divide(squares, total, out=np.zeros_like(total), where=total > 0)  # by a draw
+        return frequency * met
 
     def _probabilities(self) -> np.ndarray:
         """(tasks,) P, computed in full. At least one task must not be in flight."""
@@ -488,7 +489,7 @@ class AdaptiveSampler:
                              f"this sampler {list(self.operators)}")
         self.rng.bit_generator.state = state["rng"]
         self.draws, self.late = state["draws"], state["late"]
-        self.failures = state.get("failures", 0.5)  # older snapshots have none
+        self.failures = state["failures"]
         self.in_flight = dict(state["in_flight"])
         self._removed_in_flight = set(state["removed_in_flight"])
         self.competitions = list(state["competitions"])
@@ -497,7 +498,6 @@ class AdaptiveSampler:
         self._clear(capacity=(count // BLOCK + 1) * BLOCK)
         self.ids.extend(state["ids"])
         table = self.table[:count]
-        table["headroom"] = 1.0  # older snapshots have none
         for name, column in state["table"].items():
             table[name] = column
         table["weight"] = self._potential(table) ** (1 / self.tau)

@@ -12,7 +12,7 @@ whole training loop can be watched on a laptop.
 3. [ours] Scripts can read scikit-learn's bundled files, so real rows are disguised: a feature is
    a random mixture of several original columns plus noise, rows are sub-sampled or blended, and
    targets are perturbed or derived. tests/test_mini_mlebench.py tries to match them back.
-4. [ours] The leaderboard: more than 1,000 teams, interpolated between the private scores of the
+4. [ours] The leaderboard: 1,000 teams or more, interpolated between the private scores of the
    reference pipelines of `pipelines()`. Three of them are pinned: the constant model at human rank
    0.05, the default random forest at 0.50, the best pipeline at 0.99; the rest lie evenly between.
    So "median" means "a forest with default settings", and a medal needs a better choice than that.
@@ -1068,12 +1068,6 @@ def leaderboard(spec: Spec, scores: dict[str, float], seed: int) -> np.ndarray:
     u = (np.arange(teams) + 0.5) / teams + rng.normal(0, 0.3 / teams, teams)
     board = np.interp(np.clip(u, 0, 1), ranks, marks)
     return np.round(np.sort(board)[::-1] * sign, 6) + 0.0
-
-
-def human_rank(board: np.ndarray, score: float, lower_is_better: bool) -> float:
-    """Share of the teams that the score ties or beats, (N - pos + 1) / N; 0 when it beats none."""
-    beaten = board >= score if lower_is_better else board <= score
-    return float(np.mean(beaten))
 
 
 def thresholds(board: np.ndarray) -> dict[str, float]:

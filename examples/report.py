@@ -30,11 +30,10 @@ import html
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import plot  # noqa: E402
-from buffer import OPERATORS, child_id  # noqa: E402
+from buffer import OPERATORS, Trace, child_id  # noqa: E402
 from plot import PlotError, load_config, load_run, read_jsonl  # noqa: E402
 
 PAGE = Path(__file__).with_name("report_page.html")
@@ -51,8 +50,8 @@ def load_groups(path: Path) -> dict:
 
     Traces refer to one another by position. `parent` of a group is the trace that its task starts
     from (of a crossover: the better one), -1 for a draft; `opened` of a trace: it became a task;
-    `evicted`: the learner version at which the buffer let its improve or debug task go, null while
-    it holds it.
+    `evicted`: the learner version, as far as the log knows it, at which the buffer let its improve
+    or debug task go, null while it holds it.
 
     Raises PlotError when there is no group to show.
     """
@@ -62,9 +61,9 @@ def load_groups(path: Path) -> dict:
     groups, traces = [], []
     position: dict[str, int] = {}  # trace id -> its place in `traces`
     opener: dict[str, int] = {}  # task id -> the trace that opened it
-    version = 0
+    version = 0  # the newest that a group was handed out at: they come back in another order
     for record in records:
-        version = record.get("handout_version", version)
+        version = max(version, record.get("handout_version", 0))
         gone = record.get("evicted", [record.get("removed")])
         for task_id in gone:
             if task_id in opener:
@@ -74,13 +73,13 @@ def load_groups(path: Path) -> dict:
         task = record["task"]
         parent = position.get(record["traces"][0]["parent_id"], -1)
         groups.append({"competition": task["competition_id"], "operator": task["operator"],
-                       "depth": task["depth"], "parent": parent, "version": version,
+                       "depth": task["depth"], "parent": parent, "version": record["handout_version"],
                        "first": len(traces), "count": len(record["traces"])})
         crossed = [entry[0] for entry in record["admitted"] if not isinstance(entry, int)]
         for place, trace in enumerate(record["traces"]):
             position[trace["id"]] = len(traces)
             if place in record["admitted"]:
-                opener[child_id(SimpleNamespace(**trace))] = len(traces)
+                opener[child_id(Trace.from_json(trace))] = len(traces)
             traces.append(trace | {"group": len(groups) - 1, "evicted": None,
                                    "opened": place in record["admitted"] + crossed})
     if not groups:

@@ -516,9 +516,10 @@ def teach(directory: Path, families: list[list[Sequence]], tokens_per_batch: int
           learning_rate: float) -> float:
     """One pass of next-token prediction on the answers, in the order of the families, with the
     learner's own packed model: a family is the answers to one prompt, and the prompt is computed
-    once for all of them.
+    once for all of them. What is left at the end, less than a batch, is not taught.
 
     Reads and writes the model in `directory`; returns the mean loss of the last tenth, nat/token.
+    Raises ValueError when there is not one batch.
     """
     import torch
 
@@ -533,6 +534,9 @@ def teach(directory: Path, families: list[list[Sequence]], tokens_per_batch: int
         if size >= tokens_per_batch:
             batches.append(batch)
             batch, size = [], 0
+    if not batches:
+        raise ValueError(f"--batch-tokens {tokens_per_batch}: all answers together are less; lower "
+                         "it, or raise --prompts")
     # Muon for the matrices inside the layers, AdamW for the rest: in the same 40 seconds, on an
     # earlier corpus, AdamW alone ended at 51 nats an answer, the two together at 35.
     inside = [p for n, p in policy.named_parameters() if p.ndim == 2 and ".layers." in n]
@@ -621,7 +625,10 @@ def main(argv=None) -> int:
     print(f"{model.num_parameters() / 1e6:.2f}M parameters; {len(prompts)} prompts of "
           f"{np.mean([f[0].prompt_length for f in prompts]):.0f} tokens, {len(lengths)} answers "
           f"of {np.mean(lengths):.0f} tokens", flush=True)
-    loss = teach(new, first + later, args.batch_tokens, args.learning_rate)
+    try:
+        loss = teach(new, first + later, args.batch_tokens, args.learning_rate)
+    except ValueError as error:
+        parser.error(str(error))
     if out.exists():
         shutil.rmtree(out)
     new.rename(out)

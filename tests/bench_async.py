@@ -23,7 +23,6 @@ Both runs share the machine's cores between learner, engine and scripts: nothing
 from __future__ import annotations
 
 import argparse
-import json
 import signal
 import subprocess
 import sys
@@ -34,7 +33,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from train import die_with_parent  # noqa: E402
+from train import die_with_parent, read_jsonl  # noqa: E402
 
 
 def run(eta: int, folder: Path, args: argparse.Namespace) -> dict[str, float]:
@@ -49,12 +48,8 @@ def run(eta: int, folder: Path, args: argparse.Namespace) -> dict[str, float]:
 
 
 def measure(folder: Path) -> dict[str, float]:
-    def rows(name):
-        path = folder / name
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-    metrics = rows("metrics.jsonl")
-    after = [row for row in rows("eval.jsonl") if row["when"] == "after"]
+    metrics = read_jsonl(folder / "metrics.jsonl")
+    after = [row for row in read_jsonl(folder / "eval.jsonl") if row["when"] == "after"]
 
     def mean(name, source=metrics):
         return float(np.mean([row[name] for row in source])) if source else float("nan")

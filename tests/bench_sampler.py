@@ -34,9 +34,9 @@ def main() -> None:
     outcomes = [(rng.random(16) < p).astype(np.float32) for p in rng.random(256)]
 
     def add(sampler, task_id, headroom):
-        competition, operator = task_id.split("/")[:2]
-        operator = operator if len(sampler) < 75 else ("improve", "debug")[len(task_id) % 2]
-        sampler.add(task_id, competition, operator, headroom)
+        any_mix = ("improve", "debug")[len(task_id) % 2]
+        operator = "draft" if task_id.endswith("/draft") else any_mix
+        sampler.add(task_id, task_id.split("/")[0], operator, headroom)
 
     # tracemalloc slows Python down several times: memory is measured in a pass of its own
     tracemalloc.start()

@@ -36,8 +36,13 @@ def lower(spec):
     return mini.METRICS[spec.metric].lower_is_better
 
 
+def human_rank(board, score, lower_is_better):
+    """Share of the teams that the score ties or beats."""
+    return float(np.mean(board >= score if lower_is_better else board <= score))
+
+
 def rank(spec, score):
-    return mini.human_rank(mini.leaderboard(spec, REFERENCES[spec.id], 0), score, lower(spec))
+    return human_rank(mini.leaderboard(spec, REFERENCES[spec.id], 0), score, lower(spec))
 
 
 def load_grader(folder):
@@ -154,7 +159,7 @@ def test_another_seed_with_its_own_references(tmp_path, monkeypatch):
     assert {spec.id for spec in few} == set(scores)
     assert all(set(each) == set(some) for each in scores.values())
     board = pd.read_csv(tmp_path / "heldout" / "glacier-melt" / "leaderboard.csv")["score"]
-    forest = mini.human_rank(board.to_numpy(), scores["glacier-melt"]["forest"], True)
+    forest = human_rank(board.to_numpy(), scores["glacier-melt"]["forest"], True)
     assert forest == pytest.approx(0.5, abs=0.02)
 
 
@@ -404,7 +409,5 @@ def test_a_forest_script_is_quick(spec):
     assert time.process_time() - start < 2.0
 
 
-def test_words_of_the_metric_are_plain():
-    plain = {metric.plain for metric in mini.METRICS.values()}
-    assert plain == {"accuracy", "ROC AUC", "log loss", "F1", "RMSE", "MAE"}
+def test_names_are_plain():
     assert all(re.fullmatch(r"[a-z0-9-]+", spec.id) for spec in mini.SPECS)

@@ -24,7 +24,7 @@ from fakes import FakePrompter
 from test_sandbox_attacks import make_competition
 
 import sandbox as module
-from rollout import (AgentConfig, Completion, PromptBudget, RolloutConfig, preview_data, run_agent,
+from rollout import (AgentConfig, Completion, RolloutConfig, preview_data, run_agent,
                      write_report)
 from sandbox import LITE, Competition, CompetitionError, Sandbox, load_competitions, medal_ranks
 

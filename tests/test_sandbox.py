@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import csv
-import doctest
 import io
 import json
 import os
@@ -65,10 +64,6 @@ def wait_until(condition, seconds: float = 120.0) -> bool:
             return True
         time.sleep(0.02)
     return False
-
-
-def test_examples_in_docstrings():
-    assert doctest.testmod(module).failed == 0
 
 
 # ------------------------------------------------------------------------------------------------

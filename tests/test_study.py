@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-import doctest
 import json
 import shutil
 from pathlib import Path
@@ -94,10 +93,6 @@ def arguments(folders, out, *more):
 
 def results(out):
     return {path.parent.name: json.loads(path.read_text()) for path in out.glob("*/result.json")}
-
-
-def test_doctests():
-    assert doctest.testmod(study).failed == 0
 
 
 def test_a_study_from_start_to_end_and_nothing_to_do_the_second_time(folders, tmp_path, programs):
