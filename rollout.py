@@ -1001,6 +1001,8 @@ class AgentRun:
             "steps_to_first_valid": first + 1 if first is not None else None,
             "chosen_step": self.chosen + 1 if self.chosen is not None else None,
             "steps": len(self.traces),
+            "different_scripts": len({t.code_key for t in self.traces if t.code}),
+            "improvements": max(len(set(so_far) - {None}) - 1, 0),  # of the best script so far
             "hours": self.hours,
             "hours_per_execution": float(np.mean(executed)) if executed else 0.0,
         }
@@ -1112,6 +1114,8 @@ RATES = {  # total of report.json -> value of one run
     "human_rank": lambda r, steps: r["human_rank"],
     "first_draft_valid_rate": lambda r, steps: r["first_draft_valid"],
     "extra_steps_to_first_valid": lambda r, steps: (r["steps_to_first_valid"] or steps + 1) - 1,
+    "different_scripts": lambda r, steps: r["different_scripts"],
+    "improvements": lambda r, steps: r["improvements"],
     "hours_per_competition": lambda r, steps: r["hours"],
     "hours_per_execution": lambda r, steps: r["hours_per_execution"],
 }

@@ -479,7 +479,11 @@ def test_the_rank_by_step_is_that_of_what_would_have_been_handed_in(competition)
                                     trace("d"), trace("e", True, 0.4)])
     for step, rank in zip(run.traces, (0.0, 0.7, 0.4, 0.0, 0.9)):
         step.human_rank, step.score = rank, rank
-    assert run.row()["human_rank_by_step"] == [0.0, 0.7, 0.4, 0.4, 0.4]
+        step.code, step.code_key = "print()", step.id
+    run.traces[3].code_key = run.traces[2].code_key
+    row = run.row()
+    assert row["human_rank_by_step"] == [0.0, 0.7, 0.4, 0.4, 0.4]
+    assert (row["different_scripts"], row["improvements"]) == (4, 1)  # the first valid is none
 
 
 class Notebook(FakePrompter):
@@ -656,7 +660,7 @@ def test_standard_error_over_seeds_has_ddof_1():
     def row(seed, medal):
         return {"seed": seed, "valid": True, "medal": medal, "above_median": False, "human_rank": 0.5,
                 "first_draft_valid": True, "steps_to_first_valid": 1, "hours": seed,
-                "hours_per_execution": 0.5}
+                "hours_per_execution": 0.5, "different_scripts": 4, "improvements": 1}
 
     rows = [row(0, "gold"), row(0, "none"), row(1, "none"), row(1, "none"), row(2, "gold"),
             row(2, "bronze")]  # 1/2, 0, 1 of the competitions have a medal
