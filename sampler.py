@@ -28,8 +28,8 @@ What is the paper's and what is ours:
             as much as `prior_strength` rewards, so that one group without spread lowers a potential
             but does not end it.
  4. [ours]  share(operator) = how often an agent would take such a step now, times the mean
-            LP^(1/tau) that a draw inside the operator meets; the shares add up to 1. A quarter of the steps are taken to be
-            drafts (`DRAFTS`). The others follow a script: one that failed is debugged, any other
+            LP^(1/tau) that a draw inside the operator meets; the shares add up to 1. A quarter of
+            the steps are taken to be drafts (`DRAFTS`). The others follow a script: one that failed is debugged, any other
             improved (or crossed, half and half). So debug steps get rare as the scripts of the last
             groups, whatever their operators, get valid (at first half of them are taken to fail),
             however many failures lie in the buffer. With a plain sum over all tasks instead, a

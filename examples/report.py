@@ -73,7 +73,8 @@ def load_groups(path: Path) -> dict:
         task = record["task"]
         parent = position.get(record["traces"][0]["parent_id"], -1)
         groups.append({"competition": task["competition_id"], "operator": task["operator"],
-                       "depth": task["depth"], "parent": parent, "version": record["handout_version"],
+                       "depth": task["depth"], "parent": parent,
+                       "version": record["handout_version"],
                        "first": len(traces), "count": len(record["traces"])})
         crossed = [entry[0] for entry in record["admitted"] if not isinstance(entry, int)]
         for place, trace in enumerate(record["traces"]):

@@ -28,7 +28,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from buffer import EvolvingBuffer  # noqa: E402
-from train import Config, read_jsonl  # noqa: E402
+from train import Config  # noqa: E402
+
+
+def rows(path: Path) -> list[dict]:
+    """Of a finished run: a torn line, which train.read_jsonl skips, is an error here."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def check_run_dir(run_dir: Path) -> list[str]:
@@ -40,7 +45,7 @@ def check_run_dir(run_dir: Path) -> list[str]:
             problems.append(problem)
 
     config = json.loads((run_dir / "config.json").read_text())
-    metrics = read_jsonl(run_dir / "metrics.jsonl")
+    metrics = rows(run_dir / "metrics.jsonl")
     check([m["step"] for m in metrics] == list(range(1, config["steps"] + 1)),
           "metrics.jsonl: the step numbers are not 1, 2, 3, ... up to the last")
     versions = [m["policy_version"] for m in metrics]
@@ -48,7 +53,7 @@ def check_run_dir(run_dir: Path) -> list[str]:
     check(max(m["staleness_max"] for m in metrics) <= config["max_staleness"],
           "metrics.jsonl: a group was too old when it was learnt from")
 
-    log = read_jsonl(run_dir / "groups.jsonl")
+    log = rows(run_dir / "groups.jsonl")
     check([g["sequence"] for g in log] == list(range(1, len(log) + 1)),
           "groups.jsonl: the sequence numbers are not 1, 2, 3, ...")
     groups = [g for g in log if "traces" in g]
@@ -56,7 +61,7 @@ def check_run_dir(run_dir: Path) -> list[str]:
     check(epochs == sorted(epochs), "groups.jsonl: an epoch goes back")
     traces = [t["id"] for g in groups for t in g["traces"]]
     check(len(set(traces)) == len(traces), "groups.jsonl: a trace is there twice")
-    check([t["id"] for t in read_jsonl(run_dir / "traces.jsonl")] == traces,
+    check([t["id"] for t in rows(run_dir / "traces.jsonl")] == traces,
           "traces.jsonl: not the traces of groups.jsonl")
 
     checkpoints = sorted(run_dir.glob("checkpoints/*"), key=lambda p: int(p.name.split("_")[1]))
@@ -78,7 +83,7 @@ def compare_curves(run_dir: Path, reference: Path, tolerance: float) -> list[str
     problems = []
     for split in ("train", "heldout"):
         for name in ("valid_rate", "human_rank"):
-            ends = [{r["competition_id"]: r[name] for r in read_jsonl(folder / "eval.jsonl")
+            ends = [{r["competition_id"]: r[name] for r in rows(folder / "eval.jsonl")
                      if r["when"] == "after" and r["split"] == split}
                     for folder in (run_dir, reference)]
             if not ends[1]:

@@ -105,14 +105,16 @@ def test_evicted_tasks_are_told(tmp_path):
     run = make_run(tmp_path / "run", steps=1)
     first, second = [json.loads(line) for line in open(run / "groups.jsonl")][:2]
     gone = module.child_id(Trace.from_json(first["traces"][first["admitted"][0]]))
+    first |= {"handout_version": 9}  # it came back before a group that was handed out earlier
     second |= {"evicted": [gone], "handout_version": 7}
     removed = {"sequence": 3, "removed": module.child_id(
         Trace.from_json(second["traces"][second["admitted"][0]]))}
     (run / "groups.jsonl").write_text("\n".join(map(json.dumps, [first, second, removed])) + "\n")
-    traces = module.load_groups(run / "groups.jsonl")["traces"]
-    assert [(t["id"], t["evicted"]) for t in traces if t["evicted"] is not None] == [
-        (first["traces"][first["admitted"][0]]["id"], 7),
-        (second["traces"][second["admitted"][0]]["id"], 7)]
+    data = module.load_groups(run / "groups.jsonl")
+    assert [group["version"] for group in data["groups"]] == [9, 7]
+    assert [(t["id"], t["evicted"]) for t in data["traces"] if t["evicted"] is not None] == [
+        (first["traces"][first["admitted"][0]]["id"], 9),
+        (second["traces"][second["admitted"][0]]["id"], 9)]
 
 
 def test_texts_that_do_not_fit_are_left_out_the_least_wanted_first(run, tmp_path, capsys):
