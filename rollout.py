@@ -472,7 +472,6 @@ class EngineConfig:
     kv_cache_gib: float | None = 1.0  # None: vLLM's own fraction of the GPU's memory
     gpu_memory_utilization: float = 0.85
     tensor_parallel_size: int = 1
-    enforce_eager: bool = True
     threads: int = 1  # CPU threads of the engine; without meaning on GPUs
     seed: int = 0
 
@@ -571,7 +570,9 @@ class Engine:
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=max(2048, config.max_model_len),
             tensor_parallel_size=config.tensor_parallel_size,
-            enforce_eager=config.enforce_eager,
+            # CUDA graphs pay on GPUs, and reloading keeps the tensors that they read. On a CPU,
+            # compiling takes longer than it ever saves.
+            enforce_eager=current_platform.is_cpu(),
             # vLLM refuses to start where less than this is free, even if the cache has a size.
             gpu_memory_utilization=(0.01 if config.kv_cache_gib
                                     else config.gpu_memory_utilization),
@@ -594,9 +595,8 @@ class Engine:
         async def start():
             return AsyncLLM.from_engine_args(arguments)
 
-        # Of the processes that it starts. On a CPU, compiling takes longer than it ever saves.
-        theirs = {"TMPDIR": self.temporary.name}
-        if config.enforce_eager and current_platform.is_cpu():
+        theirs = {"TMPDIR": self.temporary.name}  # of the processes that it starts
+        if current_platform.is_cpu():
             theirs["TORCHDYNAMO_DISABLE"] = "1"
         ours = {name: os.environ.get(name) for name in theirs}
         os.environ.update(theirs)

@@ -1527,10 +1527,11 @@ def _find_layers(config: dict, root: str) -> tuple[Setup, str]:
 
 def _can_drop_to(uid: int, root: str, canary: str) -> bool:
     """May we own files and processes of `uid`, and can it read Python? Try all that a run needs."""
-    home, (ready, tell) = os.path.join(root, "probe"), os.pipe()
+    home = os.path.join(root, "probe")
     os.mkdir(home, 0o700)
     try:
         os.chown(home, uid, uid)
+        ready, tell = os.pipe()
         pid = os.fork()
         if pid == 0:
             try:
@@ -1542,6 +1543,7 @@ def _can_drop_to(uid: int, root: str, canary: str) -> bool:
                 os._exit(1)
         os.close(tell)
         answer = os.read(ready, 1)
+        os.close(ready)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         os.mkdir(os.path.join(home, "x"))
@@ -1552,7 +1554,6 @@ def _can_drop_to(uid: int, root: str, canary: str) -> bool:
         return False
     finally:
         os.rmdir(home)
-        os.close(ready)
 
 
 def _readable_by_others(directory: Path) -> bool:
