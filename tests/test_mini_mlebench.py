@@ -79,7 +79,7 @@ def test_layout_and_config(spec, built):
     public = root / "prepared" / "public"
     train, test = pd.read_csv(public / "train.csv"), pd.read_csv(public / "test.csv")
 
-    assert 200 <= len(train) <= 900 and 150 <= len(test) <= 500 and 4 <= len(spec.features) <= 16
+    assert (len(train), len(test)) == mini.ROWS and 4 <= len(spec.features) <= 16
     assert list(train.columns) == [spec.id_column, *spec.features, spec.target]
     assert list(test.columns) == [spec.id_column, *spec.features]
     assert list(sample.columns) == spec.submission_columns
@@ -361,7 +361,8 @@ def test_real_rows_cannot_be_matched_to_the_bundled_data(spec):
 
     # An upper bound: the attacker is told which original column is most like which of ours.
     p = columns.shape[1]
-    likeness = np.corrcoef(columns.T, x[source].T)[:p, p:]
+    with np.errstate(invalid="ignore"):  # a pixel may be blank in all images of some digits
+        likeness = np.nan_to_num(np.corrcoef(columns.T, x[source].T)[:p, p:])
     assert np.abs(likeness).max() < 0.85
     assigned = np.abs(likeness).argmax(axis=1)
     signs = np.sign(likeness[np.arange(p), assigned])
