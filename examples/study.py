@@ -453,12 +453,13 @@ def draw(rows: list[dict], out: Path) -> None:
         ranks.axvline(0, color=MUTED, linewidth=1)
         title(zeros, "Groups without gradient", "share over the run; bar: standard error")
         title(steps, "Human rank as the agent goes on",
-              f"had it stopped after so many scripts; {SPLITS[splits[0]]} competitions, training "
+              f"had it stopped after so many scripts; {SPLITS[splits[-1]]} competitions, training "
               f"seeds {first_seeds(rows) or 'none'}")
-        for row in (r for r in rows if r["split"] == splits[0] and r["arm"] != BEFORE):
-            mean, error = row["no gradient"]
-            zeros.barh(places[row["arm"]], mean, 0.6, xerr=error, color="#9db3d8", ecolor=INK)
-            if "by_step" in row:
+        for row in (r for r in rows if r["arm"] != BEFORE):
+            if row["split"] == splits[0]:
+                mean, error = row["no gradient"]
+                zeros.barh(places[row["arm"]], mean, 0.6, xerr=error, color="#9db3d8", ecolor=INK)
+            if row["split"] == splits[-1] and "by_step" in row:
                 steps.plot(range(1, len(row["by_step"]) + 1), row["by_step"],
                            color=RUNS[arms.index(row["arm"]) % len(RUNS)], label=row["arm"])
         steps.xaxis.get_major_locator().set_params(integer=True)
