@@ -29,12 +29,12 @@ What is the paper's and what is ours:
             but does not end it.
  4. [ours]  share(operator) = how often an agent would take such a step now, times the mean
             LP^(1/tau) that a draw inside the operator meets; the shares add up to 1. A quarter of
-            the steps are taken to be drafts (`DRAFTS`). The others follow a script: one that failed is debugged, any other
-            improved (or crossed, half and half). So debug steps get rare as the scripts of the last
-            groups, whatever their operators, get valid (at first half of them are taken to fail),
-            however many failures lie in the buffer. With a plain sum over all tasks instead, a
-            dozen draft roots drown among hundreds of children (`balance_operators=False`). The same
-            reason gives U its middle level.
+            the steps are taken to be drafts (`DRAFTS`). The others follow a script: one that failed
+            is debugged, any other improved (or crossed, half and half). So debug steps get rare as
+            the scripts of the last groups, whatever their operators, get valid (at first half of
+            them are taken to fail), however many failures lie in the buffer. With a plain sum over
+            all tasks instead, a dozen draft roots drown among hundreds of children
+            (`balance_operators=False`). The same reason gives U its middle level.
  5. [ours]  Cooling is the ageing: a task just visited waits while others are drawn.
  6. [ours]  Alternatives to LP: `variance` mu(1-mu), `regret` 1[any success]-mu, and `uniform`, the
             ablation: every task of the buffer alike, without floor and cooling.

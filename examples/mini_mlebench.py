@@ -226,7 +226,8 @@ def bands(signal, rng, count, noise=0.5):
 
 
 def noisy(signal, rng, noise=0.3, center=10.0, scale=3.0):
-    """(n,) -> regression target: standardised signal + noise, moved to a natural-looking range."""
+    """(n,) -> regression target: standardised signal + noise, moved to a natural-looking range
+    that stays above 0, since a pipeline takes logarithms."""
     return center + scale * (standard(signal) + noise * rng.normal(size=len(signal)))
 
 
