@@ -106,7 +106,7 @@ class Trace:
 
         Scores that are not finite become None, since JSON has no NaN.
         """
-        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)
+        return {f.name: plain(getattr(self, f.name)) for f in fields(self)
                 if f.name not in NO_TOKENS}
 
     def to_json(self) -> dict[str, Any]:
@@ -127,7 +127,7 @@ class Trace:
         return replace(self, parent_id=None, **NO_TOKENS)
 
 
-def _plain(value):
+def plain(value):
     """A numpy scalar as a Python one; a float that is not finite as None."""
     value = value.item() if isinstance(value, np.generic) else value
     return None if isinstance(value, float) and not math.isfinite(value) else value

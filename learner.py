@@ -87,8 +87,6 @@ class LearnerConfig:
     learning_rate: float = 2e-4
     warmup_steps: int = 0  # linear warm-up from 0
     decay_steps: int = 0  # step at which linear decay reaches 0; 0: constant after the warm-up
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.0  # matrices only: norms and biases are not decayed
     max_grad_norm: float = 1.0
     loss: str = "dr_grpo"  # grpo | dr_grpo | dapo | gspo | cispo
     clip_low: float = 0.2
@@ -569,7 +567,6 @@ class Learner:
 
     Attributes:
         version: optimizer steps done; a skipped step does not count, its weights are the old ones.
-        skipped_steps: steps dropped for a loss or gradient that was not finite.
 
     Raises:
         NotImplementedError: for a model family that packing would compute wrongly.
@@ -597,7 +594,6 @@ class Learner:
             self.reference.requires_grad_(False)
         self.optimizer = make_optimizer(self.policy, config)
         self.version = 0
-        self.skipped_steps = 0
         # The engine runs in the dtype that the model directory names.
         self.publish_dtype = AutoConfig.from_pretrained(self.model_dir).dtype or torch.float32
 
@@ -645,16 +641,15 @@ class Learner:
         with self._autocast():
             logprobs, entropy = self.policy(batch)  # (R,), (R,)
         logprobs, entropy = batch.unpack(logprobs), batch.unpack(entropy)  # (N, longest) each
-        proximal = None
-        if config.tis_cap is not None:
-            proximal = logprobs.detach()  # (N, longest): note 5 of the header
+        now = logprobs.detach()  # (N, longest)
+        proximal = None if config.tis_cap is None else now  # note 5 of the header
         loss, metrics = grpo.policy_loss(
             logprobs, behavior, batch.advantages, mask, config.loss, config.clip_low,
             config.clip_high, config.tis_cap, proximal, denominator)  # ()
         tokens = mask.sum()  # ()
         sums = {name: value * tokens for name, value in metrics.items() if name != "ess"}
-        sums["kl"] = (grpo.kl_estimate(behavior, logprobs.detach()) * mask).sum()  # ()
-        sums["logprob_diff"] = ((logprobs.detach() - behavior).abs() * mask).sum()  # ()
+        sums["kl"] = (grpo.kl_estimate(behavior, now) * mask).sum()  # ()
+        sums["logprob_diff"] = ((now - behavior).abs() * mask).sum()  # ()
         sums["entropy"] = (entropy * mask).sum()  # ()
         if config.entropy_coef:
             loss = loss - config.entropy_coef * grpo.aggregate(
@@ -685,16 +680,13 @@ class Learner:
     def _update(self, loss_is_finite: bool) -> dict[str, float]:
         """Clip and apply the gradient, or drop it. Every rank decides alike: both facts are
         global."""
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)  # ()
+        (group,) = self.optimizer.param_groups
+        norm = nn.utils.clip_grad_norm_(group["params"], self.config.max_grad_norm)  # ()
         norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
         rate = self.config.learning_rate_at(self.version)
         skipped = not (loss_is_finite and math.isfinite(norm))
-        if skipped:
-            self.skipped_steps += 1
-        else:
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
+        if not skipped:
+            group["lr"] = rate
             self.optimizer.step()
             self.version += 1
         self.optimizer.zero_grad(set_to_none=True)
@@ -725,7 +717,7 @@ class Learner:
 
     @torch.no_grad()
     def scale(self, factor: float) -> None:
-        """Multiply every matrix by a power of two: exact, and so is the way back. For every rank."""
+        """Multiply every matrix by a power of two: exact, and so is the way back. Collective."""
         for parameter in self.policy.parameters():
             if parameter.ndim >= 2:
                 parameter.mul_(factor)
@@ -814,21 +806,19 @@ class Learner:
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             dcp.load(state, checkpoint_id=str(directory), process_group=self.group,
                      no_dist=self.group is None)
-        self.version, self.skipped_steps = state["version"], state["skipped_steps"]
+        self.version = state["version"]
         if f"rng.{self.rank}" in state:
             torch.set_rng_state(state[f"rng.{self.rank}"])
 
     def _state(self) -> dict[str, object]:
         """A flat dictionary of this learner's tensors: dcp.load fills them in place."""
         state: dict[str, object] = {
-            "version": self.version, "skipped_steps": self.skipped_steps,
-            f"rng.{self.rank}": torch.get_rng_state(),
+            "version": self.version, f"rng.{self.rank}": torch.get_rng_state(),
         }
-        for group in self.optimizer.param_groups:
-            for name, parameter in zip(group["names"], group["params"]):
-                state[f"model.{name}"] = parameter.detach()
-                for key, value in self.optimizer.state[parameter].items():
-                    state[f"optimizer.{name}.{key}"] = value
+        for name, parameter in self.policy.named_parameters():
+            state[f"model.{name}"] = parameter.detach()
+            for key, value in self.optimizer.state[parameter].items():
+                state[f"optimizer.{name}.{key}"] = value
         return state
 
 
@@ -851,13 +841,10 @@ def errors_as_os_error(what: str) -> Iterator[None]:
 def make_optimizer(policy: Policy, config: LearnerConfig) -> torch.optim.AdamW:
     """AdamW with its state in place from the start: a checkpoint can then be loaded into it, and
     memory that does not suffice fails before the first rollout."""
-    groups = []
-    for matrices, decay in ((True, config.weight_decay), (False, 0.0)):
-        chosen = [(n, p) for n, p in policy.named_parameters() if (p.ndim >= 2) == matrices]
-        groups.append({"params": [p for _, p in chosen], "names": [n for n, _ in chosen],
-                       "weight_decay": decay})
-    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
-    for parameter in (p for group in groups for p in group["params"]):
+    parameters = list(policy.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, betas=(0.9, 0.95),
+                                  weight_decay=0.0, fused=True)
+    for parameter in parameters:
         optimizer.state[parameter] = {
             "step": torch.zeros((), dtype=torch.float32, device=parameter.device),  # ()
             "exp_avg": torch.zeros_like(parameter),

@@ -34,6 +34,7 @@ Alone:  python rollout.py --model DIR --competitions DIR --steps 20 --seeds 3 --
 import argparse
 import asyncio
 import fcntl
+import importlib
 import json
 import math
 import os
@@ -50,7 +51,7 @@ import traceback
 import uuid
 import zipfile
 from collections import defaultdict
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -159,19 +160,16 @@ def preview_data(public_dir: Path, limit: int) -> str:
     lines, seen = [], set()
     for pattern, files in list_files(public_dir):
         about, table = describe_file(files[0])
+        size = sum(path.stat().st_size for path in files)
         if len(files) > 1:
-            size = sum(path.stat().st_size for path in files)
-            about = f", {about}" if about else ""
-            lines.append(f"{pattern}: {len(files)} files, {human_size(size)}, "
-                         f"e.g. {files[0].relative_to(public_dir)}{about}")
+            facts = [f"{len(files)} files", human_size(size),
+                     f"e.g. {files[0].relative_to(public_dir)}", about]
         elif table is not None:
-            size = files[0].stat().st_size
-            size = f", {human_size(size)}" if size >= 1_000_000 else ""
-            lines.append(f"{pattern}: {len(table)} rows" + ("+" if len(table) == 1000 else "")
-                         + size)
+            facts = [f"{len(table)} rows" + "+" * (len(table) == 1000),
+                     human_size(size) if size >= 1_000_000 else ""]
         else:
-            size = human_size(files[0].stat().st_size)
-            lines.append(f"{pattern}: {size}" + (f", {about}" if about else ""))
+            facts = [human_size(size), about]
+        lines.append(f"{pattern}: " + ", ".join(filter(None, facts)))
         for column in table.columns if table is not None else ():
             if column in seen:
                 continue
@@ -179,13 +177,19 @@ def preview_data(public_dir: Path, limit: int) -> str:
             values = table[column]
             kind = {"i": "int", "u": "int", "f": "float", "b": "bool"}.get(values.dtype.kind,
                                                                            "text")
-            example = values.dropna().iloc[0] if values.notna().any() else ""
-            example = f"{example:.4g}" if kind == "float" else " ".join(str(example).split())[:24]
+            example = next(iter(values.dropna()), "")  # "": the column is empty
+            if kind == "float" and example != "":
+                example = f"{example:.4g}"
+            example = " ".join(str(example).split())[:24]
             missing = f", {values.isna().mean():.0%} missing" if values.isna().any() else ""
-            lines.append(f"- {column} {kind} {example}{missing}")
+            lines.append(f"- {column} {kind} {example}".rstrip() + missing)
+    return fit_lines(lines, limit)
+
+
+def fit_lines(lines: list[str], limit: int) -> str:
+    """Of a preview what fits: a file's own line nearly always, columns while there is room."""
     text, columns, files = "", 0, 0
     for line in lines:
-        # A file's own line nearly always stays; column lines fill what is left of the budget.
         if line.startswith("- ") and len(text) + len(line) > limit:
             columns += 1
             continue
@@ -246,8 +250,6 @@ def describe_file(path: Path):
             names = archive_names(path, suffix)
             return f"{len(names)} files inside, e.g. {names[0]}" if names else "empty", None
         if suffix in (".wav", ".aif", ".aiff"):
-            import importlib
-
             # The module for AIFF has left Python 3.13's library.
             with importlib.import_module("wave" if suffix == ".wav" else "aifc").open(
                     str(path), "rb") as sound:
@@ -544,8 +546,8 @@ class Engine:
     of given tokens. All of them may run at the same time.
     """
 
-    def __init__(self, model_dir: str | Path, config: EngineConfig = EngineConfig(),
-                 version: int = 0, scratch: str | Path | None = None):
+    def __init__(self, model_dir: str | Path, config: EngineConfig,
+                 scratch: str | Path | None = None):
         # vLLM's processes meet through files, which it leaves behind when it is killed.
         self.temporary = tempfile.TemporaryDirectory(prefix="vllm-", dir=scratch)
         os.environ["VLLM_RPC_BASE_PATH"] = self.temporary.name
@@ -587,7 +589,7 @@ class Engine:
             disable_log_stats=True,
             worker_extension_cls="rollout.WorkerExtension",
         )
-        self.version = version
+        self.version = 0  # of the weights; `load` sets it
         self.max_model_len = config.max_model_len
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, name="vllm-loop", daemon=True).start()
@@ -1017,10 +1019,9 @@ def choose_task(competition: Competition, traces: list[Trace], config: AgentConf
                 rng: random.Random) -> Task:
     """The next step of the search, from what the agent may know: outcomes and the validation
     scores that the scripts printed, never test scores."""
-    def task(operator, parent=None, second=None):
-        parent_id = parent.id if parent else ""
-        return Task(f"{competition.id}/{operator}/{parent_id}", competition.id, operator,
-                    depth=parent.depth + 1 if parent else 0, parent=parent, second=second)
+    def task(operator, parent=None, second=None):  # the caller names it
+        return Task("", competition.id, operator, depth=parent.depth + 1 if parent else 0,
+                    parent=parent, second=second)
 
     if sum(t.operator == "draft" for t in traces) < config.drafts:
         return task("draft")
@@ -1050,6 +1051,23 @@ def choose_best(competition: Competition, traces: list[Trace]) -> int | None:
     return max(valid, default=None, key=lambda i: claim(traces[i], competition))
 
 
+def step_prompt(task: Task, memory: str, prompter: Prompter, room: int) -> tuple[Task, list[int]]:
+    """The step's task and its prompt, at most `room` tokens: one that is too long loses its memory
+    first, then its parent.
+
+    Raises:
+        CompetitionError: not even a draft fits.
+    """
+    draft = Task(task.id, task.competition_id, "draft")
+    for task, memory in ((task, memory), (task, ""), (draft, "")):
+        prompt_ids = prompter(task, memory)
+        if len(prompt_ids) <= room:
+            return task, prompt_ids
+    raise CompetitionError(f"{task.competition_id}: a prompt of {len(prompt_ids)} tokens leaves no "
+                           "room for --max-response-tokens; raise --max-model-len or lower "
+                           "--description-chars, --preview-chars")
+
+
 def run_agent(competition: Competition, seed: int, engine, sandbox, prompter: Prompter,
               config: RolloutConfig, agent: AgentConfig, folder: Path,
               progress=lambda steps=1: None) -> AgentRun:
@@ -1068,22 +1086,13 @@ def run_agent(competition: Competition, seed: int, engine, sandbox, prompter: Pr
         if left <= 0:
             break
         started = time.monotonic()
-        rng = random.Random(f"{competition.id}/{seed}/{step}")
-        # The step is a task of its own, whatever it starts from.
-        draft = Task(f"{competition.id}/{seed}/{step}", competition.id, "draft")
-        task = replace(choose_task(competition, run.traces, agent, rng), id=draft.id)
+        name = f"{competition.id}/{seed}/{step}"  # a task of its own, whatever it starts from
+        task = replace(choose_task(competition, run.traces, agent, random.Random(name)), id=name)
         # AIDE shows its memory to drafts and improvements.
         memory = "" if task.operator == "debug" else recall(run.traces, run.designs,
                                                             prompter.budget.memory)
-        room = engine.max_model_len - config.max_response_tokens
-        for task, memory in ((task, memory), (task, ""), (draft, "")):
-            prompt_ids = prompter(task, memory)
-            if len(prompt_ids) <= room:
-                break
-        else:
-            raise CompetitionError(f"{competition.id}: a prompt of {len(prompt_ids)} tokens leaves "
-                                   f"no room for {config.max_response_tokens}; raise "
-                                   "--max-model-len or lower --description-chars, --preview-chars")
+        task, prompt_ids = step_prompt(task, memory, prompter,
+                                       engine.max_model_len - config.max_response_tokens)
         tried = {t.code_key for t in run.traces if t.code}
         for _ in range(agent.retries + 1):
             completions, version = engine.generate(prompt_ids, 1, config.max_response_tokens,
@@ -1148,10 +1157,8 @@ def evaluate(competitions: list[Competition], seeds: range, engine, sandbox, pro
                     jobs.append(pool.submit(
                         run_agent, competition, seed, engine, sandbox, prompter, config, agent,
                         folder / f"{competition.id}-{seed}", bar.update))
-            wait(jobs, return_when=FIRST_EXCEPTION)
-            for job in jobs:
-                if job.done() and job.exception():
-                    raise job.exception()
+            for job in as_completed(jobs):
+                job.result()  # raises what has ended it
             return [job.result() for job in jobs]
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -1295,33 +1302,81 @@ def read_settings(path: str | Path, known) -> list[str]:
 
 
 GUARD = """
-import os, pathlib, select, shutil, signal, sys
+import os, pathlib, re, select, shutil, signal, sys, time
 
-owner, scratch = int(sys.argv[1]), sys.argv[2]
+owner, group, folders, shared = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:], set()
+
+def is_ours(process, pgrp):
+    if group and pgrp == group:
+        return True
+    environ = (process / 'environ').read_bytes()  # vLLM's processes are told their folder
+    return any(f'={folder}/'.encode() in environ for folder in folders)
+
+def members():
+    for stat in pathlib.Path('/proc').glob('[0-9]*/stat'):
+        try:
+            state, _, pgrp = stat.read_text().rpartition(')')[2].split()[:3]
+            if state not in 'ZX' and is_ours(stat.parent, int(pgrp)):
+                # By inode: a semaphore is made under another name than it has then.
+                maps = (stat.parent / 'maps').read_text()
+                shared.update(re.findall(' ([0-9]+) +/dev/shm/(?:psm_|sem[.])', maps))
+                yield int(stat.parent.name), (stat.parent / 'cmdline').read_bytes()
+        except OSError:
+            pass  # it has ended meanwhile, or is somebody else's
+
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, signal.SIG_IGN)
 try:
-    select.select([os.pidfd_open(owner)], [], [])
+    ended = os.pidfd_open(owner)
+    while True:
+        list(members())  # notes which shared memory is in use
+        if select.select([ended], [], [], 5)[0]:
+            break
 except ProcessLookupError:
-    pass  # killed before we got here
-for process in pathlib.Path('/proc').glob('[0-9]*'):
+    pass  # it ended before we got here
+# Python's resource trackers unlink shared memory and semaphores once their clients are dead; what a
+# tracker that was killed itself can no longer unlink, we do.
+deadline = time.monotonic() + 5
+while alive := list(members()):
+    for pid, command in alive:
+        if b'resource_tracker' not in command or time.monotonic() > deadline:
+            try: os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError: pass
+    select.select([], [], [], 0.05)
+for path in pathlib.Path('/dev/shm').glob('*'):
     try:
-        ours = f'VLLM_RPC_BASE_PATH={scratch}/'.encode() in (process / 'environ').read_bytes()
-        if ours and b'resource_tracker' not in (process / 'cmdline').read_bytes():
-            os.kill(int(process.name), signal.SIGKILL)
+        if path.name.startswith(('psm_', 'sem.')) and str(path.stat().st_ino) in shared:
+            path.unlink()
     except OSError:
-        pass  # it has ended meanwhile, or is somebody else's
-shutil.rmtree(scratch, ignore_errors=True)
+        pass  # it has gone meanwhile
+for folder in folders:
+    shutil.rmtree(folder, ignore_errors=True)
 """
 
 
-def start_guard(scratch: str) -> None:
-    """Start a process that outlives this one, and when it has ended, however it did, kills the
-    engine's processes and removes `scratch`. They are known by their sockets there: vLLM's engine
-    survives a kill -9 of its owner, and would keep its GPU. Python's resource trackers stay: they
-    unlink shared memory once their clients are dead."""
-    subprocess.Popen([sys.executable, "-ISc", GUARD, str(os.getpid()), scratch], env={},
-                     start_new_session=True, stdin=subprocess.DEVNULL)
+def start_guard(folders: list[Path]) -> None:
+    """Start a process that outlives this one and cleans up when it has ended, however it did.
+
+    It removes folders, and kills the processes whose environment names one (vLLM's engine, which
+    survives a kill -9 of its owner and would keep its GPU) and, when this process leads a session
+    of its own, as every rank under torchrun does, what is left of its group. (The sandbox's fork
+    server has a session of its own, and ends with its owner.) Needs Linux 5.3 (pidfd_open).
+    """
+    leads = os.getsid(0) == os.getpid()
+    command = [sys.executable, "-ISc", GUARD, str(os.getpid()), str(os.getpid() if leads else 0),
+               *map(str, folders)]
+    # Not this process's environment: another guard would take this one for an engine.
+    environ = {k: v for k, v in os.environ.items() if k == "LD_LIBRARY_PATH"}
+
+    def start():
+        return subprocess.Popen(command, env=environ, start_new_session=True,
+                                stdin=subprocess.DEVNULL)
+
+    def replace_killed(guard):
+        while guard.wait() < 0:  # killed by a signal
+            guard = start()
+
+    threading.Thread(target=replace_killed, args=(start(),), name="guard", daemon=True).start()
 
 
 class Parser(argparse.ArgumentParser):
@@ -1493,7 +1548,7 @@ def run_evaluation(args: argparse.Namespace, competitions: list[Competition], fo
         # For vLLM, in shared memory: the path of a socket may have no more than 107 characters.
         scratch = tempfile.mkdtemp(prefix="acegrpo-evaluation-",
                                    dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None)
-        start_guard(scratch)
+        start_guard([Path(scratch)])
         from transformers import AutoTokenizer
 
         prompter = Prompter(AutoTokenizer.from_pretrained(args.model), competitions, PromptBudget(

@@ -455,22 +455,21 @@ def _load_grader(grade_fn: str, directory: Path) -> Callable:
     module_name, _, function = grade_fn.rpartition(":")
     name = module_name.removeprefix("file:") if module_name.startswith("file:") else "grade.py"
     path = directory / name
+    theirs = module_name.startswith("mlebench.") and importlib.util.find_spec("mlebench")
+    if not (theirs or path.is_file()):
+        raise CompetitionError(f"{path}: missing; grader.grade_fn is {grade_fn!r}")
     try:
-        if module_name.startswith("mlebench.") and importlib.util.find_spec("mlebench"):
+        if theirs:
             module = importlib.import_module(module_name)
-        elif path.is_file():
+        else:
             unique = "grade_" + hashlib.sha256(str(path).encode()).hexdigest()[:16]
             spec = importlib.util.spec_from_file_location(unique, path)
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
-        else:
-            raise CompetitionError(f"{path}: missing; grader.grade_fn is {grade_fn!r}")
         grader = getattr(module, function or "grade")
         if not callable(grader):
             raise TypeError(f"{function or 'grade'} is no function")
         return grader
-    except CompetitionError:
-        raise
     except (Exception, SystemExit) as error:
         what = f"{type(error).__name__}: {_one_line(error)}"
         if (getattr(error, "name", None) or "").partition(".")[0] == "mlebench":
@@ -672,8 +671,8 @@ def step_reward(
     return base
 
 
-# One thread parses at a time: Python 3.11 counts a syntax tree's depth in one place for all threads,
-# and where a garbage collection lets another thread in between, both raise SystemError.
+# One thread parses at a time: Python 3.11 counts a syntax tree's depth in one place for all
+# threads, and where a garbage collection lets another thread in between, both raise SystemError.
 _parsing = threading.Lock()
 
 
@@ -896,9 +895,10 @@ KILL_SECONDS = 10.0  # how long SIGKILL may take before a slot is given up
 MAX_FILES = 10_000  # files and directories in a work directory
 MAX_DEPTH = 64  # nested directories
 MAX_CODE = 1_000_000  # characters of a script
+OUTPUT_BYTES = 64 << 10  # kept of stdout and of stderr each
 
 
-@dataclass
+@dataclass(frozen=True)
 class Setup:
     """What the fork server found on this machine; nannies and workers get it by fork."""
 
@@ -906,10 +906,10 @@ class Setup:
     root: str  # scratch directory: every run gets a directory in it
     canary: str  # a file that no script may read
     roots: list[str]  # what every script may read
-    landlock_abi: int = 0
-    uid_base: int = 0  # slot i runs as uid_base + i; 0: uids cannot be dropped here
-    program: bytes = b""  # the seccomp filter, and the one for runs with a GPU
-    gpu_program: bytes = b""
+    landlock_abi: int
+    uid_base: int  # slot i runs as uid_base + i; 0: uids cannot be dropped here
+    program: bytes  # the seccomp filter, and the one for runs with a GPU
+    gpu_program: bytes
 
 
 def _worker(setup: Setup, request: dict, work: str, nanny: int, pipes: list[int]) -> None:
@@ -945,8 +945,6 @@ def _confine(setup: Setup, request: dict, work: str, nanny: int) -> None:
     while paths can still be opened, the uid goes before the capabilities, seccomp comes last."""
     _prctl(_PR_SET_DUMPABLE, 1)  # the nanny must see our descriptors; this process has no secret
     Path("/proc/self/oom_score_adj").write_text("1000")  # out of memory? then the script dies first
-    if request["cpus"]:
-        os.sched_setaffinity(0, request["cpus"])
     ruleset = None
     if "landlock" in setup.layers:
         rules = [(path, _READ_ONLY) for path in [*setup.roots, request["public"]]]
@@ -1006,11 +1004,9 @@ def _limit(request: dict) -> None:
 def _prove(setup: Setup) -> None:
     """A call that returned 0 proves nothing: try what each layer must stop."""
     if "landlock" in setup.layers:
-        try:
+        with contextlib.suppress(PermissionError):
             os.close(os.open(setup.canary, os.O_RDONLY))
             raise RuntimeError("Landlock is not in force: a forbidden file could be opened")
-        except PermissionError:
-            pass
     if "seccomp" in setup.layers:
         if _libc.socket(socket.AF_INET, socket.SOCK_STREAM, 0) >= 0:
             raise RuntimeError("seccomp is not in force: socket() worked")
@@ -1064,26 +1060,20 @@ def _become_script(code: str, seed: int) -> int:
 
 
 class _Output:
-    """The first quarter and the last three quarters of `limit` bytes: a flood loses its middle."""
+    """The first quarter and the last three quarters of OUTPUT_BYTES: a flood loses its middle."""
 
-    def __init__(self, limit: int):
-        self.head_limit, self.tail_limit = limit // 4, limit - limit // 4
+    def __init__(self):
         self.head, self.tail, self.cut = bytearray(), bytearray(), 0
 
     def add(self, data: bytes) -> None:
-        room = self.head_limit - len(self.head)
+        room = OUTPUT_BYTES // 4 - len(self.head)
         self.head += data[:room]
         self.tail += data[room:]
-        if len(self.tail) > 2 * self.tail_limit:
-            self._trim()
-
-    def _trim(self) -> None:
-        extra = max(0, len(self.tail) - self.tail_limit)
-        del self.tail[:extra]
+        extra = max(0, len(self.tail) - OUTPUT_BYTES * 3 // 4)
+        del self.tail[:extra]  # quick: a bytearray drops its beginning without a copy
         self.cut += extra
 
-    def bytes(self) -> bytes:
-        self._trim()
+    def kept(self) -> bytes:
         gap = f"\n... {self.cut} bytes cut ...\n".encode() if self.cut else b""
         return bytes(self.head) + gap + bytes(self.tail)
 
@@ -1096,18 +1086,16 @@ def _send(channel: socket.socket, header: dict, *blobs: bytes) -> None:
 
 def _receive(channel: socket.socket) -> tuple[dict, list[bytes]]:
     """The counterpart of _send. Raises EOFError when the other side closed early."""
+    with channel.makefile("rb") as file:
 
-    def exactly(size: int) -> bytes:
-        data = bytearray()
-        while len(data) < size:
-            part = channel.recv(min(size - len(data), 1 << 20))
-            if not part:
+        def exactly(size: int) -> bytes:
+            data = file.read(size)
+            if len(data) < size:
                 raise EOFError
-            data += part
-        return bytes(data)
+            return data
 
-    header = json.loads(exactly(*struct.unpack("I", exactly(4))))
-    return header, [exactly(size) for size in header["blobs"]]
+        header = json.loads(exactly(*struct.unpack("I", exactly(4))))
+        return header, [exactly(size) for size in header["blobs"]]
 
 
 def _nanny(setup: Setup, channel: socket.socket) -> None:
@@ -1156,7 +1144,7 @@ def _watch(
     pidfd = os.pidfd_open(worker)
     said = os.read(ready, 4096) if select.select([ready], [], [], 60)[0] else b"no sign of life"
     killed = "" if said == b"ok" else "refused"
-    outputs = {pipe: _Output(request["output_kb"] << 10) for pipe in (stdout, stderr)}
+    outputs = {pipe: _Output() for pipe in (stdout, stderr)}
     poll = select.poll()
     for descriptor in (stdout, stderr, pidfd):
         poll.register(descriptor, select.POLLIN)
@@ -1186,11 +1174,9 @@ def _watch(
     status, usage = _kill_children([worker]).get(worker, (None, None))
     for descriptor, output in outputs.items():  # everyone is dead: this is the last of it
         os.set_blocking(descriptor, False)
-        try:
+        with contextlib.suppress(BlockingIOError):
             while data := os.read(descriptor, 1 << 16):
                 output.add(data)
-        except BlockingIOError:
-            pass
     for descriptor in (stdout, stderr, ready, pidfd):
         os.close(descriptor)
     exit_code = None if status is None else os.waitstatus_to_exitcode(status)
@@ -1204,7 +1190,7 @@ def _watch(
         "killed": killed, "said": said.decode("utf-8", "replace"), "problem": problem,
         "exit_code": exit_code, "stuck": status is None, "seconds": seconds, "cpu_seconds": cpu,
     }
-    return facts, outputs[stdout].bytes(), outputs[stderr].bytes(), submission
+    return facts, outputs[stdout].kept(), outputs[stderr].kept(), submission
 
 
 def _process_facts(pid: int) -> dict:
@@ -1285,10 +1271,8 @@ def _kill_children(known: list[int]) -> dict[int, tuple]:
     deadline = time.monotonic() + KILL_SECONDS
     while time.monotonic() < deadline:
         for pid in known:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         try:
             while (reaped := os.wait4(-1, os.WNOHANG))[0]:
                 ended[reaped[0]] = reaped[1:]
@@ -1351,7 +1335,7 @@ def remove_tree(path: str) -> None:
         with os.scandir(here) as entries:
             listing = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
         for child, is_directory in listing:
-            try:
+            with contextlib.suppress(OSError):
                 if is_directory:
                     os.chmod(child, 0o700, dir_fd=here)
                     names.append(child if name == "." else secrets.token_hex(12))
@@ -1359,19 +1343,13 @@ def remove_tree(path: str) -> None:
                         os.rename(child, names[-1], src_dir_fd=here, dst_dir_fd=top)
                 else:
                     os.unlink(child, dir_fd=here)
-            except OSError:
-                continue
         os.close(here)
         if name != ".":
-            try:
+            with contextlib.suppress(OSError):
                 os.rmdir(name, dir_fd=top)
-            except OSError:
-                pass
     os.close(top)
-    try:
+    with contextlib.suppress(OSError):
         os.rmdir(path)
-    except OSError:
-        pass
 
 
 # -- The fork server: imports the libraries once, forks a nanny for every request -----------------
@@ -1447,7 +1425,7 @@ def _serve(control: socket.socket) -> None:
 
 def _reap(nannies: set[int], root: str) -> None:
     """Collect ended nannies; one that was killed leaves a directory and orphans, now ours."""
-    try:
+    with contextlib.suppress(ChildProcessError):
         while (reaped := os.waitpid(-1, os.WNOHANG))[0]:
             pid, status = reaped
             if pid not in nannies:
@@ -1457,8 +1435,6 @@ def _reap(nannies: set[int], root: str) -> None:
                 for child in set(_children()) - nannies:
                     os.kill(child, signal.SIGKILL)
                 remove_tree(os.path.join(root, str(pid)))
-    except ChildProcessError:
-        pass
 
 
 def _make_scratch(parent: str) -> str:
@@ -1516,12 +1492,11 @@ def _find_layers(config: dict, root: str) -> tuple[Setup, str]:
     for layer in {"landlock", "seccomp"} - set(config["layers"]) - set(missing):
         missing[layer] = f"{layer} was switched off"
     layers = tuple(layer for layer in config["layers"] if layer not in missing)
-    setup = Setup(layers, root, canary, readable_roots(), landlock_abi=abi)
-    setup.program = seccomp_program(_MACHINE)
-    setup.gpu_program = seccomp_program(_MACHINE, gpu=True)
     uid_base = 61000 + os.getpid() % 60 * 64
-    if os.geteuid() == 0 and _can_drop_to(uid_base, root, canary):
-        setup.uid_base = uid_base
+    if os.geteuid() != 0 or not _can_drop_to(uid_base, root, canary):
+        uid_base = 0
+    setup = Setup(layers, root, canary, readable_roots(), abi, uid_base,
+                  seccomp_program(_MACHINE), seccomp_program(_MACHINE, gpu=True))
     return setup, "" if config["unsafe"] else "; ".join(missing.values())
 
 
@@ -1574,9 +1549,7 @@ class Sandbox:
     cpu_seconds   CPU seconds of a run, all threads together (None: timeout * threads)
     memory_mb     what a run may add to the memory of the preloaded libraries
     file_mb       size of one file; disk_mb: of all files together
-    output_kb     kept of stdout and of stderr each
     threads       OpenMP and BLAS threads of a run
-    cpus          a list of CPU numbers for each slot, to pin its runs to (None: no pinning)
     gpus          a CUDA_VISIBLE_DEVICES value for each slot ("" or None: no GPU). Such runs may
                   use /dev/nvidia* with any ioctl, and have no RLIMIT_AS, which CUDA cannot bear
     preload       modules that the fork server imports; any other still imports, only slower
@@ -1596,29 +1569,27 @@ class Sandbox:
 
     def __init__(
         self, slots: int = 2, timeout: float = 30.0, cpu_seconds: float | None = 10.0,
-        memory_mb: int = 2048, file_mb: int = 64, disk_mb: int = 256, output_kb: int = 64,
-        threads: int = 1, cpus: list[list[int]] | None = None, gpus: list[str] | None = None,
-        preload: tuple[str, ...] = PRELOAD, layers: tuple[str, ...] = ("landlock", "seccomp"),
-        unsafe: bool = False, seed: int = 0, scratch: str | None = None, delay: float = 0.0,
-        attempts: int = 1, reuse_mb: float = 0.0,
+        memory_mb: int = 2048, file_mb: int = 64, disk_mb: int = 256, threads: int = 1,
+        gpus: list[str] | None = None, preload: tuple[str, ...] = PRELOAD,
+        layers: tuple[str, ...] = ("landlock", "seccomp"), unsafe: bool = False, seed: int = 0,
+        scratch: str | None = None, delay: float = 0.0, attempts: int = 1, reuse_mb: float = 0.0,
     ):
-        positive = {"slots": slots, "timeout": timeout, "memory_mb": memory_mb, "threads": threads,
-                    "attempts": attempts}
-        for name, value in (positive | {"cpu_seconds": cpu_seconds or 1}).items():
+        positive = {"slots": slots, "timeout": timeout, "cpu_seconds": cpu_seconds or 1,
+                    "memory_mb": memory_mb, "threads": threads, "attempts": attempts}
+        for name, value in positive.items():
             if not value > 0:
                 raise ValueError(f"{name} must be positive, not {value}")
-        for name, values in (("cpus", cpus), ("gpus", gpus)):
-            if values and len(values) != slots:
-                raise ValueError(f"{name} must have one entry for each of the {slots} slots")
+        if gpus and len(gpus) != slots:
+            raise ValueError(f"gpus must have one entry for each of the {slots} slots")
         self.slots, self.timeout, self.cpu_seconds = slots, timeout, cpu_seconds
-        self.threads, self.cpus, self.gpus, self.seed = threads, cpus, gpus, seed
+        self.threads, self.gpus, self.seed = threads, gpus, seed
         self.attempts, self.delay, self._delays = attempts, delay, random.Random(seed)
         self.reuse_bytes, self._known_bytes = int(reuse_mb * 2**20), 0
         self._known: dict[tuple, Execution] = {}  # complete runs; the last used stands last
         self._running: dict[tuple, Future] = {}  # becomes the Execution, or None if not complete
         self._known_lock = threading.Lock()  # guards these three
         self._limits = {
-            "memory_mb": memory_mb, "file_mb": file_mb, "disk_mb": disk_mb, "output_kb": output_kb,
+            "memory_mb": memory_mb, "file_mb": file_mb, "disk_mb": disk_mb,
             "max_threads": 64 + 8 * threads,
         }
         self._config = {
@@ -1760,7 +1731,6 @@ class Sandbox:
             "cpu_seconds": self.cpu_seconds or timeout * self.threads,
             "public": str(competition.public_dir.resolve()),
             "submission_bytes": competition._sample.max_bytes,
-            "cpus": self.cpus[slot] if self.cpus else None,
             "gpu": self.gpus[slot] if self.gpus else "", **self._limits,
         }
         # A whole submission must fit into one file, as large as the competition wants it.
@@ -1865,10 +1835,8 @@ class Sandbox:
             if not control:
                 self._process.wait()
                 continue
-            try:
+            with contextlib.suppress(ConnectionResetError):
                 control.recv(1)  # it never speaks again: this waits for its end
-            except ConnectionResetError:
-                pass
             with self._changed:
                 self._control = None
             self._process.wait()
@@ -2020,18 +1988,13 @@ def main(arguments: list[str] | None = None) -> int:
             print(json.dumps({"competition_id": competition.id} | dataclasses.asdict(grade)))
             return 0
         code = options.script.read_text(encoding="utf-8", errors="replace")
-        sandbox = Sandbox(
+        with Sandbox(
             1, options.timeout, options.cpu_seconds, options.memory_mb, threads=options.threads,
             unsafe=options.unsafe,
-        )
-    except (CompetitionError, OSError, ValueError) as error:
-        print(f"sandbox.py: error: {_one_line(error)}", file=sys.stderr)
-        return 2
-    try:
-        with sandbox:
+        ) as sandbox:
             execution = sandbox.run(competition, code)
-    except CompetitionError as error:  # its answers cannot be read
-        print(f"sandbox.py: error: {error}", file=sys.stderr)
+    except (OSError, ValueError) as error:  # a CompetitionError is a ValueError
+        print(f"sandbox.py: error: {_one_line(error)}", file=sys.stderr)
         return 2
     if execution.isolation.startswith("unsafe") and execution.status != "refused":
         print(f"sandbox.py: WARNING: isolation: {execution.isolation}", file=sys.stderr)

@@ -36,7 +36,6 @@ import dataclasses
 import fcntl
 import importlib.util
 import json
-import math
 import multiprocessing
 import os
 import queue
@@ -44,7 +43,6 @@ import re
 import secrets
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
@@ -59,10 +57,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from buffer import OPERATORS, EvolvingBuffer, Group, Task, last_line
+from buffer import OPERATORS, EvolvingBuffer, Group, Task, last_line, plain
 from rollout import (Engine, EngineConfig, PromptBudget, Prompter, Request, Result, RolloutConfig,
-                     RolloutWorker, gpus_of_slots, lock_record, read_settings, trained_on,
-                     write_whole)
+                     RolloutWorker, gpus_of_slots, lock_record, read_settings, start_guard,
+                     trained_on, write_whole)
 from sampler import AdaptiveSampler
 from sandbox import CompetitionError, Sandbox, load_competitions
 
@@ -143,8 +141,8 @@ class Config:
     clip_high: float = opt(0.28, "the ratio is clipped above at 1 + this; more than clip-low keeps "
                                  "exploration alive")
     tis_cap: float = opt(0.0, "cap of truncated importance sampling; 0: off. The ratio to the "
-                              "behaviour policy corrects already; with a cap, weights are truncated "
-                              "instead, and nothing is clipped")
+                              "behaviour policy corrects already; with a cap, weights are "
+                              "truncated instead, and nothing is clipped")
     kl_coef: float = opt(0.0, "weight of the KL divergence to the initial policy; 0: no reference")
     kl_kind: str = opt("k3", "estimator of that KL", choices=["k2", "k3"])
     entropy_coef: float = opt(0.0005, "weight of the entropy bonus")
@@ -191,8 +189,8 @@ class Config:
     cpu_seconds: float = opt(3.0, "CPU limit of a script, seconds")
     memory_mb: int = opt(2048, "memory limit of a script, MB")
     disk_mb: int = opt(256, "limit of what a script writes, MB")
-    reuse_mb: float = opt(256.0, "memory of a rollout rank for results of scripts, MB: one that comes "
-                                 "again on the same competition is not run again; 0: all are run")
+    reuse_mb: float = opt(256.0, "memory of a rollout rank for results of scripts, MB: one that "
+                                 "comes again on the same competition is not run again; 0: all are")
     sandbox_delay: float = opt(0.0, "sleep this long on average (exponential) before each script, "
                                     "in its slot, seconds; to measure asynchrony with slow scripts")
     unsafe: bool = opt(False, "run scripts without isolation where the system offers none")
@@ -257,9 +255,8 @@ def parse_config(argv: list[str] | None = None) -> tuple[Config, argparse.Namesp
                             choices=f.metadata.get("choices"), **kind)
     arguments = parser.parse_args(argv)
     if arguments.config:
-        known = [f.name for f in dataclasses.fields(Config)]
         try:
-            words = read_settings(arguments.config, known)
+            words = read_settings(arguments.config, Config.__annotations__)
         except ValueError as error:
             raise UserError(str(error))
         arguments = parser.parse_args(words + list(sys.argv[1:] if argv is None else argv))
@@ -277,7 +274,7 @@ def load_config(run_dir: Path) -> dict:
     """The config.json of a run that is resumed."""
     try:
         saved = json.loads((run_dir / "config.json").read_text())
-        if unknown := set(saved) - {f.name for f in dataclasses.fields(Config)}:
+        if unknown := set(saved) - set(Config.__annotations__):
             raise ValueError("it is of another version of train.py, which had "
                              + ", ".join(sorted(unknown)) + ": start a new run")
         config = Config(**saved)
@@ -316,8 +313,8 @@ def refuse_to_change(base: dict, given: dict) -> None:
                         f"out tasks for {base['max_staleness']}, which may only grow")
 
 
-# What each numeric flag must be; NaN is none of it. Floats end where poll(2) does, whose
-# milliseconds have 31 bits.
+# What each numeric flag must be; NaN fails every comparison. MOST keeps seconds below the 2^31
+# milliseconds where poll(2) ends.
 BOUNDS = (
     (lambda x: x >= 1, "at least 1",
      "steps groups responses best_of checkpoint_every keep_checkpoints learner_ranks "
@@ -343,10 +340,10 @@ def validate(config: Config, world_size: int) -> None:
     """
     if config.learner_ranks == 0:
         config.learner_ranks = max(1, world_size // 2)
-    most = max(world_size - 1, 1)  # a single process starts one more, which rolls out
-    if config.learner_ranks > most:
+    can_learn = max(world_size - 1, 1)  # a single process starts one more, which rolls out
+    if config.learner_ranks > can_learn:
         raise UserError(f"--learner-ranks {config.learner_ranks}: of {world_size} ranks at most "
-                        f"{most} can learn, for one must roll out; torchrun starts more")
+                        f"{can_learn} can learn, for one must roll out; torchrun starts more")
     for holds, words, names in BOUNDS:
         for name in names.split():
             value, most = getattr(config, name), MOST[Config.__annotations__[name]]
@@ -445,7 +442,7 @@ class Curriculum:
         self.changed = threading.Condition()
         self.version = 0  # learner version, as far as published
         self.handed = 0  # n of the staleness rule
-        self.issued = 0  # tasks handed out in the whole run: what bounds its length
+        self.issued = 0  # the same, with the groups of skipped steps: what bounds a run's length
         self.in_flight: dict[str, int] = {}  # task id -> version at which it was handed out
         self.ready: list[Result] = []  # groups that wait to be learnt from, oldest first
         self.evaluations: list[Result] = []
@@ -508,8 +505,7 @@ class Curriculum:
             # Its prompt is too long, by the parent's script and output: drafts were checked at the
             # start. The task leaves, and its place in the batch is given back.
             self.skipped += 1
-            self.handed -= 1
-            self.issued -= 1
+            self.give_back()
             self.sampler.release(task_id)
             self.buffer.remove(task_id)
             self.sampler.remove(task_id)
@@ -526,11 +522,15 @@ class Curriculum:
         self.watch_grader(group)
         if group.policy_version < self.version - self.config.max_staleness:
             self.dropped += 1  # only with stale=drop: wait never lets it come to this
-            self.handed -= 1
-            self.issued -= 1
+            self.give_back()
             return
         # By age, then by arrival.
         bisect.insort(self.ready, result, key=lambda r: r.group.policy_version)
+
+    def give_back(self, groups: int = 1) -> None:
+        """Groups that are never learnt from: others may be handed out in their place."""
+        self.handed -= groups
+        self.issued -= groups
 
     def follow(self, admitted, evicted) -> None:
         """Keep the sampler's tasks those of the buffer."""
@@ -605,9 +605,9 @@ class Curriculum:
             if self.config.stale == "drop":
                 oldest = version - self.config.max_staleness
                 young = [r for r in self.ready if r.group.policy_version >= oldest]
-                self.dropped += len(self.ready) - len(young)
-                self.handed -= len(self.ready) - len(young)
-                self.issued -= len(self.ready) - len(young)
+                old = len(self.ready) - len(young)
+                self.dropped += old
+                self.give_back(old)
                 self.ready = young
             self.hand_out()
 
@@ -618,7 +618,7 @@ class Curriculum:
                     | self.sampler.metrics()
                     | {"dropped": self.dropped, "skipped_prompts": self.skipped})
 
-    def evaluate(self, requests: list[Request], progress=lambda: None) -> list[Result]:
+    def evaluate(self, requests: list[Request], progress) -> list[Result]:
         """Hand out evaluation requests and wait for all of their results."""
         results = []
         for request in requests:
@@ -681,8 +681,7 @@ class Curriculum:
                 # What was in flight and has not come back keeps its old place in the staleness
                 # rule; the place of what came back is free.
                 if self.in_flight.pop(change.task_id, None) is not None:
-                    self.handed -= 1
-                    self.issued -= 1
+                    self.give_back()
             self.epoch += 1
 
 
@@ -773,14 +772,14 @@ def evaluation_rows(results: list[Result]) -> list[dict]:
     return rows
 
 
-def append_jsonl(path: Path, rows: list[dict]) -> None:
-    """Add lines to a file; numbers that are not finite become null, since JSON has no NaN."""
-    def plain(value):
-        return None if isinstance(value, float) and not math.isfinite(value) else value
+def jsonl(rows: list[dict]) -> str:
+    """Lines of a file; numbers that are not finite become null, since JSON has no NaN."""
+    return "".join(json.dumps({k: plain(v) for k, v in row.items()}) + "\n" for row in rows)
 
+
+def append_jsonl(path: Path, rows: list[dict]) -> None:
     with open(path, "a") as file:
-        file.write("".join(json.dumps({k: plain(v) for k, v in row.items()}) + "\n"
-                           for row in rows))
+        file.write(jsonl(rows))
 
 
 def read_jsonl(path: Path) -> list[dict]:
@@ -789,14 +788,6 @@ def read_jsonl(path: Path) -> list[dict]:
         return []
     lines = path.read_text().split("\n")[:-1]  # what follows the last newline is torn, or nothing
     return [json.loads(line) for line in lines]
-
-
-def rewrite_jsonl(path: Path, rows: list[dict]) -> None:
-    """Replace a file at one stroke: whoever is killed meanwhile leaves the old or the new one."""
-    new = path.with_name(path.name + ".new")
-    new.unlink(missing_ok=True)
-    append_jsonl(new, rows)
-    new.replace(path)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -889,11 +880,9 @@ def fetch_weights(directory: Path, connect) -> None:
     if directory.exists():
         return
     folder = directory.parent
-    try:
+    with contextlib.suppress(FileExistsError):  # another rank of this node has made it
         folder.mkdir(mode=0o700)
         start_guard([folder])
-    except FileExistsError:
-        pass  # by another rank of this node
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if directory.exists():
@@ -912,74 +901,6 @@ def fetch_weights(directory: Path, connect) -> None:
 
 # ---------------------------------------------------------------------------------------------
 # 5. Nothing stays behind
-
-GUARD = """
-import os, pathlib, re, select, shutil, signal, sys, time
-
-rank, group, folders, shared = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:], set()
-
-def members():
-    for stat in pathlib.Path('/proc').glob('[0-9]*/stat'):
-        try:
-            state, _, pgrp = stat.read_text().rpartition(')')[2].split()[:3]
-            if int(pgrp) == group and state not in 'ZX':
-                # By inode: a semaphore is made under another name than it has then.
-                maps = (stat.parent / 'maps').read_text()
-                shared.update(re.findall(' ([0-9]+) +/dev/shm/(?:psm_|sem[.])', maps))
-                yield int(stat.parent.name), (stat.parent / 'cmdline').read_bytes()
-        except OSError:
-            pass  # it has ended meanwhile
-
-for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-    signal.signal(number, signal.SIG_IGN)
-try:
-    ended = os.pidfd_open(rank)
-    while True:
-        list(members())  # notes which shared memory is in use
-        if select.select([ended], [], [], 5)[0]:
-            break
-except ProcessLookupError:
-    pass  # it ended before we got here
-# Python's resource trackers unlink shared memory and semaphores once their clients are dead; what a
-# tracker that was killed itself can no longer unlink, we do.
-deadline = time.monotonic() + 5
-while group and (alive := list(members())):
-    for pid, command in alive:
-        if b'resource_tracker' not in command or time.monotonic() > deadline:
-            try: os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError: pass
-    select.select([], [], [], 0.05)
-for path in pathlib.Path('/dev/shm').glob('*'):
-    try:
-        if path.name.startswith(('psm_', 'sem.')) and str(path.stat().st_ino) in shared:
-            path.unlink()
-    except OSError:
-        pass  # it has gone meanwhile
-for folder in folders:
-    shutil.rmtree(folder, ignore_errors=True)
-"""
-
-
-def start_guard(folders: list[Path]) -> None:
-    """Start a process that outlives this one and cleans up when it has ended, however it did.
-
-    It removes folders, and kills what is left of this process's group (vLLM's engine; the sandbox's
-    fork server has a session of its own, and ends with its owner) when this process leads a session
-    of its own, as every rank under torchrun does. Needs Linux 5.3 (pidfd_open).
-    """
-    leads = os.getsid(0) == os.getpid()
-    command = [sys.executable, "-ISc", GUARD, str(os.getpid()), str(os.getpid() if leads else 0),
-               *map(str, folders)]
-
-    def start():
-        return subprocess.Popen(command, start_new_session=True, stdin=subprocess.DEVNULL)
-
-    def replace(guard):
-        while guard.wait() < 0:  # killed by a signal
-            guard = start()
-
-    threading.Thread(target=replace, args=(start(),), name="guard", daemon=True).start()
-
 
 def die_with_parent() -> None:
     """Have the kernel kill this process when its parent dies: torchrun, or rank 0."""
@@ -1040,7 +961,6 @@ def rollout_main(config: Config, rank: int, address, key: bytes) -> None:
     model = local_model(config.model)
     tokenizer = AutoTokenizer.from_pretrained(model)
     budget = PromptBudget(config.description_chars, config.preview_chars, config.output_chars)
-    engine = Engine(model, engine_config(config, rank), scratch=scratch)
     sandbox = Sandbox(slots=config.sandbox_slots, timeout=config.timeout,
                       cpu_seconds=config.cpu_seconds, memory_mb=config.memory_mb,
                       disk_mb=config.disk_mb, file_mb=config.disk_mb,
@@ -1052,6 +972,7 @@ def rollout_main(config: Config, rank: int, address, key: bytes) -> None:
         print(f"rollout rank {rank}: scripts cannot be isolated here: {sandbox.problem}; --unsafe "
               "runs them without isolation", file=sys.stderr)
         leave(2)
+    engine = Engine(model, engine_config(config, rank), scratch=scratch)
     prompter = Prompter(tokenizer, competitions, budget)
     error = serve_rollouts(config, rank, connect, engine, sandbox, prompter, doing)
     if error is not None:
@@ -1175,7 +1096,8 @@ class Run:
         self.curriculum = Curriculum(config, buffer, sampler, queues("tasks"), queues("results"),
                                      self.dir / "traces.jsonl")
         # Any fixed text will do: it is scored, not answered.
-        self.probe = tokenizer.encode(train[0].description * 4, add_special_tokens=False)[:256]
+        probe = tokenizer.encode(train[0].description * 4, add_special_tokens=False)
+        self.probe = probe[:min(256, config.max_model_len - 1)]
         self.evaluated = False  # before training
         if resume:
             self.restore()
@@ -1299,7 +1221,8 @@ class Run:
         The check: each engine scores a fixed token sequence, the probe, and the learner compares
         with its own log-probabilities at that version. An engine that took over part of the weights
         only (vLLM's own reload keeps a tied output head that no file names, and packs no experts
-        on CPUs) is caught here and nowhere else: it goes on sampling fluent text, from a wrong policy.
+        on CPUs) is caught here and nowhere else: it goes on sampling fluent text, from a wrong
+        policy.
 
         Returns:
             the mean |log-probability difference| on the probe, the largest over the engines, nat.
@@ -1337,8 +1260,8 @@ class Run:
         Later versions differ little from the first one where the learning rate is small: an engine
         that ignores updates, or takes over a part of the weights, could pass the check of `publish`
         for hundreds of steps. Halved it is off by 2.6 nat (the tiny policy), with only its head,
-        its embeddings, attention or MLPs left as they were by 1.4, 1.4, 0.28, 0.39. (Not seen: norms,
-        and queries and keys that a norm follows, as in Qwen3.)
+        its embeddings, attention or MLPs left as they were by 1.4, 1.4, 0.28, 0.39. (Not seen:
+        norms, and queries and keys that a norm follows, as in Qwen3.)
         """
         self.everyone("scale", 0.5)
         self.publish("-halved")
@@ -1362,7 +1285,7 @@ class Run:
                             purpose=f"{when}/{split}")
                     for split, ids in self.splits.items() for c in ids]
         with tqdm(total=len(requests), desc=f"drafts {when} training", unit="competition") as bar:
-            rows = evaluation_rows(self.curriculum.evaluate(requests, lambda: bar.update()))
+            rows = evaluation_rows(self.curriculum.evaluate(requests, bar.update))
         append_jsonl(self.dir / "eval.jsonl", rows)
         for split, ids in self.splits.items():
             own = [r for r in rows if r["split"] == split]
@@ -1428,8 +1351,8 @@ class Run:
             learnt = [r for r in read_jsonl(metrics) if r["step"] <= self.step]
             before = [r for r in read_jsonl(drafts) if r["when"] == "before"]
         self.evaluated = self.step > 0 or len(before) == sum(map(len, self.splits.values()))
-        rewrite_jsonl(metrics, learnt)
-        rewrite_jsonl(drafts, before if self.evaluated else [])
+        write_whole(metrics, jsonl(learnt))
+        write_whole(drafts, jsonl(before if self.evaluated else []))
         print(f"resuming {self.dir} after step {self.step}", flush=True)
 
 
@@ -1604,7 +1527,10 @@ def local_model(model: str) -> str:
         return model
     from huggingface_hub import snapshot_download
 
-    return snapshot_download(model, ignore_patterns=["*.bin", "*.pth", "*.pt", "*.gguf"])
+    try:
+        return snapshot_download(model, ignore_patterns=["*.bin", "*.pth", "*.pt", "*.gguf"])
+    except (OSError, ValueError) as error:  # no such repository, no network
+        raise UserError(f"--model {model}: {' '.join(str(error).split())[:200]}")
 
 
 def visible_gpus(positions) -> str:
@@ -1731,6 +1657,11 @@ def planned_world(preset: str) -> tuple[int, int]:
     return nodes * local, local
 
 
+# What a plan counts that is not bytes: (divisor, unit).
+UNITS = {"parameter_count": (1e9, "billion"), "cache_tokens": (1000, "thousand"),
+         "full_sequences": (1, "of --max-model-len tokens")}
+
+
 def print_plan(config: Config) -> None:
     """What a run would do and need, for --dry-run; nothing is started. The model is built on the
     meta device.
@@ -1775,7 +1706,7 @@ def print_plan(config: Config) -> None:
     def show(title: str, plan: dict) -> None:
         print(title)
         for name, value in plan.items():
-            divisor, unit = COUNTS.get(name, (2**30, "GiB"))
+            divisor, unit = UNITS.get(name, (2**30, "GiB"))
             print(f"  {name:16} {value / divisor:10.2f} {unit}")
 
     try:
@@ -1795,11 +1726,6 @@ def print_plan(config: Config) -> None:
     if far:
         print(f"  copied over TCP, once a node, into the shared memory of nodes "
               f"{', '.join(map(str, far))}: {len(far) * version / 2**30:.2f} GiB a step")
-
-
-# What a plan counts that is not bytes: (divisor, unit).
-COUNTS = {"parameter_count": (1e9, "billion"), "cache_tokens": (1000, "thousand"),
-          "full_sequences": (1, "of --max-model-len tokens")}
 
 
 def how_to_go_on(config: Config | None) -> str:

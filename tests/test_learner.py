@@ -344,7 +344,7 @@ def test_a_step_that_is_not_finite_changes_nothing(models):
     poisoned = make_sequences()
     poisoned[3].behavior_logprobs[0], poisoned[3].advantage = -math.inf, -1.0
     metrics = learner.step(poisoned)
-    assert metrics["skipped"] and learner.version == 0 and learner.skipped_steps == 1
+    assert metrics["skipped"] and learner.version == 0
     assert all(torch.equal(before[n], p) for n, p in parameters(learner).items())
     twin = L.Learner(models["qwen3"], make_config(), device="cpu")
     learner.step(sequences)
@@ -485,17 +485,16 @@ def test_publication_in_the_dtype_of_the_model(models, tmp_path):
 
 
 def test_a_loaded_learner_goes_on_bit_for_bit(models, tmp_path):
-    config = make_config(warmup_steps=3, kl_coef=0.05, weight_decay=0.1)
+    config = make_config(warmup_steps=3, kl_coef=0.05)
     learner = L.Learner(models["qwen3"], config, device="cpu")
     for seed in (0, 1):
         learner.step(make_sequences(seed=seed))
-    learner.skipped_steps = 7
     learner.save(tmp_path / "checkpoint")
     noise = torch.rand(3)
     first = [learner.step(make_sequences(seed=seed)) for seed in (2, 3)]
     again = L.Learner(models["qwen3"], config, device="cpu")
     again.load(tmp_path / "checkpoint")
-    assert (again.version, again.skipped_steps) == (2, 7)
+    assert again.version == 2
     assert torch.equal(torch.rand(3), noise)
     assert [again.step(make_sequences(seed=seed)) for seed in (2, 3)] == first
     expected = parameters(learner)

@@ -90,6 +90,12 @@ def test_preview_names_files_columns_types_and_holes(competition):
     assert text.count("colour") == 1  # the test file's columns have been shown already
 
 
+def test_preview_shows_a_column_without_a_value(tmp_path):
+    (tmp_path / "train.csv").write_text("id,empty\n1,\n2,\n")
+    assert preview_data(tmp_path, 1000).splitlines()[1:] == [
+        "- id int 1", "- empty float, 100% missing"]
+
+
 def test_preview_keeps_its_budget_and_says_what_it_left_out(competition):
     text = preview_data(competition.public_dir, 40)
     assert "more columns" in text and "colour" not in text
@@ -625,7 +631,7 @@ def test_what_an_evaluation_leaves_behind_is_removed_when_it_is_killed(tmp_path)
 import os, subprocess, sys, time
 sys.path.insert(0, {str(Path(rollout.__file__).parent)!r})
 import rollout
-rollout.start_guard({str(scratch)!r})
+rollout.start_guard([{str(scratch)!r}])
 sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
 engine = subprocess.Popen(sleep, env={{"VLLM_RPC_BASE_PATH": {str(scratch / "vllm-x")!r}}})
 other = subprocess.Popen(sleep, env={{"VLLM_RPC_BASE_PATH": {str(tmp_path / "vllm-y")!r}}})
@@ -826,8 +832,9 @@ def test_no_error_leaves_main(where, error, status, message, tmp_path, monkeypat
 
     for name, fake in {
             "load_competitions": lambda *_: [], "Sandbox": lambda **_: Ready(),
-            "start_guard": os.rmdir, "Prompter": lambda *_: None, "evaluate": lambda *_: [],
-            "Engine": lambda *_, **__: SimpleNamespace(close=lambda: None), where: fail}.items():
+            "start_guard": lambda folders: os.rmdir(*folders), "Prompter": lambda *_: None,
+            "evaluate": lambda *_: [], "Engine": lambda *_, **__: SimpleNamespace(
+                close=lambda: None), where: fail}.items():
         monkeypatch.setattr(rollout, name, fake)
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda _: None)
     (tmp_path / "config.json").touch()

@@ -18,7 +18,7 @@ from fakes import FakeEngine, FakeLearner, FakePrompter, FakeSandbox, write_worl
 
 import train
 from buffer import EvolvingBuffer, Group, Task, Trace
-from rollout import Request, Result, RolloutConfig, RolloutWorker, rollout
+from rollout import GUARD, Request, Result, RolloutConfig, RolloutWorker, rollout
 from sampler import AdaptiveSampler
 from train import Config, Curriculum, UserError, batch_metrics, make_batch, parse_config
 
@@ -595,6 +595,13 @@ def test_a_model_of_the_hub_is_fetched_once_and_a_directory_is_itself(tmp_path, 
     assert train.local_model("Qwen/Qwen3-8B") == "cache/Qwen/Qwen3-8B"
     assert train.local_model(str(tmp_path)) == str(tmp_path)
 
+    def missing(name, **_):
+        raise OSError(f"404 Client Error.\n\nRepository Not Found: {name}")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", missing)
+    with pytest.raises(UserError, match="--model Qwen/Qwen3-9B: 404 .* Not Found"):
+        train.local_model("Qwen/Qwen3-9B")
+
 
 def test_a_dead_rollout_rank_ends_the_wait_for_its_answer(tmp_path):
     with pytest.raises(train.WorkerDied, match="exit code -9"):
@@ -638,7 +645,7 @@ def test_the_guard_of_a_process_that_has_ended_already_cleans_up(tmp_path):
     ended.wait()
     folder = tmp_path / "scratch"
     folder.mkdir()
-    guard = subprocess.run([sys.executable, "-ISc", train.GUARD, str(ended.pid), "0", str(folder)],
+    guard = subprocess.run([sys.executable, "-ISc", GUARD, str(ended.pid), "0", str(folder)],
                            capture_output=True, text=True)
     assert (guard.returncode, guard.stderr) == (0, "") and not folder.exists()
 
