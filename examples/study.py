@@ -28,7 +28,9 @@ How the numbers are made (everything here is [ours]):
    of sqrt(1 - 1/S), but counts more than once what differs by seed and competition at a time
    (simulated, 3 seeds, 16 competitions: 0.8 times as wide as it should be where all spread is the
    seeds', 1.5 times where it is all such noise). With one seed it speaks of other competitions.
-4. Groups without gradient: all G advantages 0, counted over the whole run.
+4. Groups without gradient: all G advantages 0, counted over the whole run. That is so where all
+   rewards are equal (a column of its own), and with --best-of where those differ only that no
+   choice brings up.
 5. Minutes: the training steps alone, without start and evaluation.
 6. "First script": human rank had the agent handed in its first script, a draft. It says what one
    answer of the policy is worth; twenty tries and a choice among them make up for much.
@@ -146,12 +148,20 @@ def training_summary(run: Path) -> dict:
         "rollouts": sum(r["groups"] for r in rows) * config["responses"],
         "groups": [r["groups"] for r in rows],
         "groups_trained": [r["groups_trained"] for r in rows],
+        "equal_rewards": equal_rewards(run / "groups.jsonl"),
         "minutes": sum(r["seconds_step"] for r in rows) / 60,
         "resumed": json.loads(checkpoint.read_text())["epoch"],  # how often
         "unique_scripts": [r["unique_scripts"] for r in rows],
         "reused_rate": [r["reused_rate"] for r in rows],
         "config": {name: value for name, value in config.items() if name not in PLACES},
     }
+
+
+def equal_rewards(log: Path) -> float:
+    """Share of the groups in a buffer's log whose rewards are all the same."""
+    groups = [json.loads(line).get("traces") for line in log.read_text().splitlines()]
+    spreads = [np.ptp([trace["reward"] for trace in traces]) for traces in groups if traces]
+    return float(np.mean([spread < 1e-6 for spread in spreads]))
 
 
 def evaluate(arm: str, model: Path, splits: list[str], folder: Path, args: argparse.Namespace
@@ -334,6 +344,7 @@ def summarize(results: list[dict], splits: list[str], steps: int) -> list[dict]:
                     for title, table in tables.items()}
             if arm != BEFORE:
                 row["no gradient"] = mean_and_error([without_gradient(r) for r in own])
+                row["equal rewards"] = mean_and_error([r["training"]["equal_rewards"] for r in own])
                 row["minutes"] = mean_and_error([r["training"]["minutes"] for r in own])
             if arm in by_step:
                 row["first script"] = mean_and_error([v.mean() for v in first[arm].values()])
@@ -374,8 +385,8 @@ def markdown(rows: list[dict], results: list[dict], args: argparse.Namespace) ->
     lines = ["| competitions | arm | seeds | human rank | difference to full [95 %] | first script "
              "| difference to full [95 %] | any medal, % | difference to full [95 %] | valid, % "
              "| first draft valid, % | extra steps to first valid | groups without gradient, % "
-             "| minutes |",
-             "|" + " --- |" * 14]
+             "| groups of equal rewards, % | minutes |",
+             "|" + " --- |" * 15]
     for row in rows:
         text = "before RL" if row["arm"] == BEFORE else ARMS[row["arm"]].text
         lines.append("| " + " | ".join([
@@ -385,7 +396,8 @@ def markdown(rows: list[dict], results: list[dict], args: argparse.Namespace) ->
             show(row["any medal"], 100, 1), difference(row, "any medal", 100, 1),
             show(row["valid"], 100, 1), show(row["first draft valid"], 100, 1),
             show(row["extra steps to first valid"], digits=2),
-            show(row.get("no gradient"), 100, 1), show(row.get("minutes"), digits=1)]) + " |")
+            show(row.get("no gradient"), 100, 1), show(row.get("equal rewards"), 100, 1),
+            show(row.get("minutes"), digits=1)]) + " |")
     seeds = sorted({r["seed"] for r in results if r["training"]})
     counts = ", ".join(f"{len(competitions(split))} {SPLITS[split]} competitions"
                        for split in dict.fromkeys(row["split"] for row in rows))

@@ -31,6 +31,11 @@ def folders(tmp_path_factory):
     return folder
 
 
+GROUPS = "".join(json.dumps(record) + "\n" for record in [  # a buffer's log
+    {"traces": [{"reward": 0.1}, {"reward": 0.1}]}, {"removed": "toy/improve/x"},
+    {"traces": [{"reward": 0.0}, {"reward": 0.1}]}, {"traces": [{"reward": 0.5}] * 2}])
+
+
 class Programs:
     """Stands for train.py and rollout.py: writes what they leave behind, and remembers calls."""
 
@@ -57,6 +62,7 @@ class Programs:
         rows = [{"groups": 2.0, "groups_trained": 2.0 - s % 2, "seconds_step": 30.0,
                  "unique_scripts": 8, "reused_rate": 0.0} for s in range(3)]
         (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (run / "groups.jsonl").write_text(GROUPS)
         self.checkpoint(run, 3, epoch=int("--resume" in value))
 
     def checkpoint(self, run, step, epoch):
@@ -118,7 +124,7 @@ def test_a_study_from_start_to_end_and_nothing_to_do_the_second_time(folders, tm
     assert "| 0.300 ± 0.000 | -0.050 [-0.050, -0.050] |" in row  # the first script
     assert "| 0.0 ± 0.0 | -100.0 [-100.0, -100.0] | 100.0 ± 0.0 |" in row  # medals; valid
     assert "2.00 ± 0.00" in row  # extra steps: 3 - 1
-    assert "| 16.7 ± 0.0 | 1.5 ± 0.0 |" in row  # 1 of 6 groups; 3 steps of half a minute
+    assert "| 16.7 ± 0.0 | 66.7 ± 0.0 | 1.5 ± 0.0 |" in row  # 1 of 6 groups; 3 steps of half a minute
     assert "Training seeds 0, 1 (first scripts: 0, 1); 3 steps of 8 rollouts" in table
     assert (tmp_path / "study.png").stat().st_size > 10_000
     before = list(programs.calls)
@@ -332,7 +338,7 @@ def result(arm, seed, ranks, groups=10, trained=8, rollouts=120):
              "steps_to_first_valid": 1 if rank > 0 else None}
             for c, row in enumerate(ranks) for e, rank in enumerate(row)]
     training = {"groups": [groups], "groups_trained": [trained], "minutes": 2.0, "resumed": 0,
-                "rollouts": rollouts}
+                "rollouts": rollouts, "equal_rewards": 0.1}
     return {"arm": arm, "seed": seed, "evaluations": {"train": rows},
             "training": None if seed is None else training}
 
@@ -354,6 +360,11 @@ def test_differences_are_paired_by_competition_and_seed():
     assert not full["to full"] and full["human rank"] == pytest.approx((0.625, 0.075))
     assert before["to full"]["human rank"].by_seed == pytest.approx([0.1 - 0.55, 0.1 - 0.7])
     assert before["extra steps to first valid"][0] == pytest.approx((20 + 0 + 0 + 0) / 4)
+
+
+def test_equal_rewards_are_counted_over_the_groups_of_a_log(tmp_path):
+    (tmp_path / "groups.jsonl").write_text(GROUPS)
+    assert study.equal_rewards(tmp_path / "groups.jsonl") == pytest.approx(2 / 3)
 
 
 def test_the_rank_by_step_keeps_what_a_run_had_and_is_left_out_where_unknown():
