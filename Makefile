@@ -1,9 +1,10 @@
 # Everything that a fresh machine needs: Python 3.11, git and make.
 #
-#   make train   set up, prepare the tiny policy and the mini competitions, train, plot
-#   make test    set up, run the tests that CI runs
-#   make study   the ablations, hours on two cores; again to go on; STUDY=--final for held-out data
-#   make clean   remove what these made, except for runs/
+#   make data       set up, prepare the tiny policy and the mini competitions
+#   make train      that, then train and plot
+#   make test       set up, run the tests that CI runs; make test-long: all tests
+#   make study      the ablations, hours on two cores; again to go on; STUDY=--final: held-out data
+#   make clean      remove what these made, except for runs/
 
 PYTHON ?= python3.11
 VENV := .venv

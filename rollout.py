@@ -1337,11 +1337,11 @@ except ProcessLookupError:
 # Python's resource trackers unlink shared memory and semaphores once their clients are dead; what a
 # tracker that was killed itself can no longer unlink, we do.
 deadline = time.monotonic() + 5
-while alive := list(members()):
+while (alive := list(members())) and time.monotonic() < deadline + 60:
     for pid, command in alive:
         if b'resource_tracker' not in command or time.monotonic() > deadline:
             try: os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError: pass
+            except OSError: pass
     select.select([], [], [], 0.05)
 for path in pathlib.Path('/dev/shm').glob('*'):
     try:

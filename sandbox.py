@@ -455,21 +455,22 @@ def _load_grader(grade_fn: str, directory: Path) -> Callable:
     module_name, _, function = grade_fn.rpartition(":")
     name = module_name.removeprefix("file:") if module_name.startswith("file:") else "grade.py"
     path = directory / name
-    theirs = module_name.startswith("mlebench.") and importlib.util.find_spec("mlebench")
-    if not (theirs or path.is_file()):
-        raise CompetitionError(f"{path}: missing; grader.grade_fn is {grade_fn!r}")
     try:
-        if theirs:
+        if module_name.startswith("mlebench.") and importlib.util.find_spec("mlebench"):
             module = importlib.import_module(module_name)
-        else:
+        elif path.is_file():
             unique = "grade_" + hashlib.sha256(str(path).encode()).hexdigest()[:16]
             spec = importlib.util.spec_from_file_location(unique, path)
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
+        else:
+            raise CompetitionError(f"{path}: missing; grader.grade_fn is {grade_fn!r}")
         grader = getattr(module, function or "grade")
         if not callable(grader):
             raise TypeError(f"{function or 'grade'} is no function")
         return grader
+    except CompetitionError:
+        raise
     except (Exception, SystemExit) as error:
         what = f"{type(error).__name__}: {_one_line(error)}"
         if (getattr(error, "name", None) or "").partition(".")[0] == "mlebench":

@@ -900,7 +900,8 @@ def fetch_weights(directory: Path, connect) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# 5. Nothing stays behind
+# 5. Nothing stays behind (what removes the rest is rollout.start_guard)
+
 
 def die_with_parent() -> None:
     """Have the kernel kill this process when its parent dies: torchrun, or rank 0."""
@@ -1735,7 +1736,7 @@ def how_to_go_on(config: Config | None) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    config = None
+    config, started = None, False
     rank = int(os.environ.get("RANK", 0))
 
     def say(text: str) -> None:
@@ -1758,13 +1759,15 @@ def main(argv: list[str] | None = None) -> int:
         if rank == 0:
             lock = prepare_run_dir(config, resume, splits)
             print(f"run directory: {config.run_dir}; starting vLLM, a minute or two", flush=True)
+        started = True
         with lock:
             train(config, resume)
         if rank == 0:
             print(f"done: {config.run_dir}/metrics.jsonl, eval.jsonl, policy/", flush=True)
         return 0
     except (UserError, CompetitionError) as error:
-        say(f"train.py: {error}")
+        if rank == 0 or started:  # before, all ranks find the same
+            print(f"train.py: {error}", file=sys.stderr, flush=True)
         return 2
     except WorkerDied as error:
         say(f"train.py: {error}; {how_to_go_on(config)}")

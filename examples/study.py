@@ -29,8 +29,8 @@ How the numbers are made (everything here is [ours]):
    (simulated, 3 seeds, 16 competitions: 0.8 times as wide as it should be where all spread is the
    seeds', 1.5 times where it is all such noise). With one seed it speaks of other competitions.
 4. Groups without gradient: all G advantages 0, counted over the whole run. That is so where all
-   rewards are equal (a column of its own), and with --best-of where those differ only that no
-   choice brings up.
+   rewards are equal (a column of its own), and with --best-of also where only such responses
+   differ as no choice brings up.
 5. Minutes: the training steps alone, without start and evaluation.
 6. "First script": human rank had the agent handed in its first script, a draft. It says what one
    answer of the policy is worth; twenty tries and a choice among them make up for much.
@@ -344,7 +344,9 @@ def summarize(results: list[dict], splits: list[str], steps: int) -> list[dict]:
                     for title, table in tables.items()}
             if arm != BEFORE:
                 row["no gradient"] = mean_and_error([without_gradient(r) for r in own])
-                row["equal rewards"] = mean_and_error([r["training"]["equal_rewards"] for r in own])
+                if all("equal_rewards" in r["training"] for r in own):  # not in older results
+                    row["equal rewards"] = mean_and_error(
+                        [r["training"]["equal_rewards"] for r in own])
                 row["minutes"] = mean_and_error([r["training"]["minutes"] for r in own])
             if arm in by_step:
                 row["first script"] = mean_and_error([v.mean() for v in first[arm].values()])

@@ -124,7 +124,8 @@ def test_a_study_from_start_to_end_and_nothing_to_do_the_second_time(folders, tm
     assert "| 0.300 ± 0.000 | -0.050 [-0.050, -0.050] |" in row  # the first script
     assert "| 0.0 ± 0.0 | -100.0 [-100.0, -100.0] | 100.0 ± 0.0 |" in row  # medals; valid
     assert "2.00 ± 0.00" in row  # extra steps: 3 - 1
-    assert "| 16.7 ± 0.0 | 66.7 ± 0.0 | 1.5 ± 0.0 |" in row  # 1 of 6 groups; 3 steps of half a minute
+    # 1 of 6 groups by its metrics, 2 of 3 by its log; 3 steps of half a minute
+    assert "| 16.7 ± 0.0 | 66.7 ± 0.0 | 1.5 ± 0.0 |" in row
     assert "Training seeds 0, 1 (first scripts: 0, 1); 3 steps of 8 rollouts" in table
     assert (tmp_path / "study.png").stat().st_size > 10_000
     before = list(programs.calls)
