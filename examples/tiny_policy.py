@@ -9,8 +9,8 @@ script, for prompts exactly as rollout.py builds them, for all three operators.
 
 What it is not: a language model. It cannot read a description beyond the metric, the task kind
 and a few words; it knows some twenty estimators and a dozen ways to go wrong. It was taught
-mistakes on purpose: of its first drafts two in five were valid, 1 % won a medal (see README). That is
-the room that reinforcement learning has. It says nothing about what AceGRPO does for a real model.
+mistakes on purpose: of its first drafts two in five were valid, 1 % won a medal (see README). That
+is the room that reinforcement learning has. It says nothing about what AceGRPO does for a real model.
 
 How it is taught (everything here is [ours]):
 
