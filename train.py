@@ -1531,7 +1531,8 @@ def local_model(model: str) -> str:
     try:
         return snapshot_download(model, ignore_patterns=["*.bin", "*.pth", "*.pt", "*.gguf"])
     except (OSError, ValueError) as error:  # no such repository, no network
-        raise UserError(f"--model {model}: {' '.join(str(error).split())[:200]}")
+        raise UserError(f"--model {model}: {' '.join(str(error).split())[:200]}; give a model "
+                        "directory, or a name that the hub has")
 
 
 def visible_gpus(positions) -> str:

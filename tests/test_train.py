@@ -426,6 +426,22 @@ def test_bad_input_is_one_line_and_status_2(arguments, words, capsys, tmp_path, 
     assert sorted(tmp_path.rglob("*")) == files  # no run directory is left, no lock
 
 
+def test_an_error_before_the_ranks_part_is_told_once_and_a_rank_s_own_by_itself(
+        capsys, tmp_path, monkeypatch):
+    def fail(*_):
+        raise UserError("no disk on this node")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "train", fail)
+    monkeypatch.setenv("RANK", "1")
+    write_world(tmp_path)
+    world = ["--preset", "tiny", "--model", "model", "--competitions", "competitions"]
+    assert train.main([*world, "--heldout", "nowhere"]) == 2
+    assert capsys.readouterr().err == ""  # rank 0 finds the same
+    assert train.main([*world, "--heldout", ""]) == 2
+    assert capsys.readouterr().err == "train.py: no disk on this node\n"
+
+
 def test_every_number_has_bounds():
     """Each numeric flag is in the table once; NaN, infinity, and what is below are refused."""
     names = " ".join(row[2] for row in train.BOUNDS).split()
