@@ -10,7 +10,8 @@ An arm is train.py with a part of the method switched off or exchanged. All arms
 of rollouts. Every trained policy, and the policy before reinforcement learning, is then evaluated
 as an agent by rollout.py: one engine start a policy, all competitions and evaluation seeds in it.
 
-    OUT/study.json           the settings; a later call must agree with them once there are results
+    OUT/study.json           the settings; a later call must agree with them once there are results,
+                             except for more arms, seeds, evaluation seeds, and --final
     OUT/<arm>-<seed>/        train.py's run directory, the evaluation's reports, and
                 result.json  all that the table needs of this run; once complete, it is skipped
     OUT/<arm>-<seed>.log     what train.py and rollout.py printed
@@ -164,13 +165,14 @@ def equal_rewards(log: Path) -> float:
     return float(np.mean([spread < 1e-6 for spread in spreads]))
 
 
-def evaluate(arm: str, model: Path, splits: list[str], folder: Path, args: argparse.Namespace
-             ) -> dict[str, list[dict]]:
-    """The agent's runs on these splits, in one engine start: {split: rows of report.json}."""
-    out = folder / f"report-{'+'.join(splits)}.json"
+def evaluate(arm: str, model: Path, splits: list[str], seeds: int, folder: Path,
+             args: argparse.Namespace) -> dict[str, list[dict]]:
+    """The agent's runs on these splits, in one engine start: {split: rows of report.json}. Those
+    that an earlier call has made, of other splits or fewer seeds, stay as they are."""
+    out = folder / "report.json"
     call([ROOT / "rollout.py", "--model", model, "--out", out,
           "--competitions", competition_folder(args, splits), "--allow-overlap",
-          "--steps", args.agent_steps, "--seeds", args.eval_seeds, "--retries", args.retries,
+          "--steps", args.agent_steps, "--seeds", seeds, "--retries", args.retries,
           "--parallel", args.parallel, "--max-num-seqs", args.parallel,
           *(["--unsafe"] if args.config.unsafe else []),
           *(word for name in SHARED
@@ -189,16 +191,25 @@ def run(arm: str, seed: int, args: argparse.Namespace) -> None:
     if arm != BEFORE and result["training"] is None:
         result["training"] = train(arm, seed, folder, args)
         write_whole(folder / "result.json", json.dumps(result) + "\n")
-    missing = [split for split in args.splits if split not in result["evaluations"]]
-    if missing:
+    for seeds in sorted(set(args.eval_seeds.values())):  # one or two numbers
+        missing = [split for split in args.splits if args.eval_seeds[split] == seeds
+                   and evaluation_seeds(result, split) < seeds]
+        if not missing:
+            continue
         folder.mkdir(parents=True, exist_ok=True)
-        started = time.monotonic()
+        started, minutes = time.monotonic(), result["evaluation_minutes"]
         model = args.model if arm == BEFORE else folder / "policy"
-        for split, rows in evaluate(arm, model, missing, folder, args).items():
+        for split, rows in evaluate(arm, model, missing, seeds, folder, args).items():
             result["evaluations"][split] = [{name: row[name] for name in KEPT} for row in rows]
             result.setdefault("by_step", {})[split] = rank_by_step(rows, args.agent_steps)
-        result["evaluation_minutes"]["+".join(missing)] = (time.monotonic() - started) / 60
+        key = "+".join(missing)
+        minutes[key] = minutes.get(key, 0.0) + (time.monotonic() - started) / 60
         write_whole(folder / "result.json", json.dumps(result) + "\n")
+
+
+def evaluation_seeds(result: dict, split: str) -> int:
+    """How many runs a result has on each competition."""
+    return len({row["seed"] for row in result["evaluations"].get(split, [])})
 
 
 def rank_by_step(rows: list[dict], steps: int) -> dict[str, list[float]]:
@@ -401,14 +412,19 @@ def markdown(rows: list[dict], results: list[dict], args: argparse.Namespace) ->
             show(row.get("no gradient"), 100, 1), show(row.get("equal rewards"), 100, 1),
             show(row.get("minutes"), digits=1)]) + " |")
     seeds = sorted({r["seed"] for r in results if r["training"]})
-    counts = ", ".join(f"{len(competitions(split))} {SPLITS[split]} competitions"
+    def evaluated(split):  # a study that was cut while seeds were added has several numbers
+        numbers = sorted({evaluation_seeds(r, split) for r in results} - {0})
+        return " or ".join(map(str, numbers))
+
+    counts = ", ".join(f"{len(competitions(split))} {SPLITS[split]} competitions with "
+                       f"{evaluated(split)} evaluation seeds"
                        for split in dict.fromkeys(row["split"] for row in rows))
     flags = f" {' '.join(args.train_flags)}" if args.train_flags else ""
     again = sum(bool(r["training"] and r["training"]["resumed"]) for r in results)
     lines += ["", f"Training seeds {', '.join(map(str, seeds))} (first scripts: "
               f"{first_seeds(rows) or 'none'}); {args.steps} steps of "
               f"{rollouts_of(results) / args.steps:.0f} rollouts in every arm; {counts}; "
-              f"{args.eval_seeds} evaluation seeds, {args.agent_steps} agent steps, "
+              f"{args.agent_steps} agent steps, "
               f"{args.retries} retries{flags}; "
               f"{again} of the runs were interrupted and resumed."]
     return "\n".join(lines) + "\n"
@@ -519,7 +535,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="where they begin. The table is of all seeds in --out: fresh ones, after tuning, take "
              "another --out")
     add("--steps", type=int, default=Config.steps, help="learner steps of each run")
-    add("--eval-seeds", type=int, default=20, help="agent runs on each competition")
+    add("--eval-seeds", type=int, nargs="+", default=[20], metavar="N",
+        help="agent runs on each competition; a second number is for the held-out ones. More may "
+             "be asked for later: the runs that there are stay")
     add("--agent-steps", type=int, default=20, help="scripts that an agent may try")
     add("--retries", type=int, default=8,
         help="answers that an agent asks for again, a step, while they repeat a script it tried")
@@ -535,10 +553,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(words[:cut])
     args.train_flags = words[cut + 1:]
     args.dev = sorted(set(args.dev))
+    if len(args.eval_seeds) > 2:
+        raise StudyError("--eval-seeds takes one number, or a second one for --heldout")
     for name, least in {"seeds": 1, "first_seed": 0, "steps": 1, "eval_seeds": 1, "agent_steps": 1,
                         "retries": 0, "parallel": 1}.items():
-        if getattr(args, name) < least:
+        value = getattr(args, name)
+        if (min(value) if isinstance(value, list) else value) < least:
             raise StudyError(f"--{name.replace('_', '-')} must be at least {least}")
+    args.eval_seeds = {split: args.eval_seeds[-1 if split == "heldout" else 0] for split in SPLITS}
     for word in (word.partition("=")[0] for word in args.train_flags):
         if word in MANAGED:
             raise StudyError(f"{word} after --: the study sets that itself")
@@ -571,10 +593,11 @@ def find_competitions(args: argparse.Namespace) -> dict[str, dict[str, Path]]:
 
 
 def check_settings(args: argparse.Namespace) -> None:
-    """Runs with other settings must not be mixed. Arms and seeds may be added; so may --final."""
+    """Runs with other settings must not be mixed. Arms and seeds, of both kinds, may be added; so
+    may --final."""
     path = args.out / "study.json"
-    settings = {name: getattr(args, name) for name in ("steps", "eval_seeds", "agent_steps",
-                                                       "retries", "dev", "train_flags")}
+    settings = {name: getattr(args, name)
+                for name in ("steps", "agent_steps", "retries", "dev", "train_flags")}
     settings |= {"model": str(args.model), "competitions": str(args.competitions),
                  "model's weights": weights_digest(args.model)}
     settings |= {f"{split} competitions": sorted(ids) for split, ids in args.ids.items()}

@@ -171,9 +171,37 @@ def test_both_splits_take_one_engine_start(folders, tmp_path, programs):
 def test_runs_of_other_settings_are_not_mixed(folders, tmp_path, programs, capsys):
     study.main(arguments(folders, tmp_path))
     capsys.readouterr()
-    assert study.main(arguments(folders, tmp_path, "--eval-seeds", "3")) == 2
+    assert study.main(arguments(folders, tmp_path, "--retries", "3")) == 2
     error = capsys.readouterr().err.strip()
-    assert len(error.splitlines()) == 1 and "eval_seeds 2, not 3" in error and "--out" in error
+    assert len(error.splitlines()) == 1 and "retries 8, not 3" in error and "--out" in error
+
+
+def test_evaluation_seeds_may_be_added(folders, tmp_path, programs):
+    def of(split):
+        return [study.evaluation_seeds(result, split) for result in results(tmp_path).values()]
+
+    study.main(arguments(folders, tmp_path))
+    for seeds in (["2", "3"], ["3"], ["1"]):  # of held-out competitions alone; of all; fewer
+        count = len(programs.calls)
+        assert study.main(arguments(folders, tmp_path, "--final", "--eval-seeds", *seeds)) == 0
+        calls = [(name, value["--seeds"], Path(value["--competitions"]).name, Path(value["--out"]))
+                 for name, _, value in programs.calls[count:]]
+        assert of("heldout") == [3] * 5 and of("train") == [2 if seeds == ["2", "3"] else 3] * 5
+        # In the place of the runs that there are, so that they are gone on with.
+        assert {out.name for *_, out in calls} <= {"report.json"}
+        assert [call[:3] for call in calls] == {
+            "2": [("rollout.py", "3", "heldout")], "3": [("rollout.py", "3", "train")],
+            "1": []}[seeds[0]] * 5
+        table = (tmp_path / "table.md").read_text()
+        assert f"3 training competitions with {of('train')[0]} evaluation seeds, 1 held-out " \
+               "competitions with 3 evaluation seeds; 20 agent steps" in table
+    assert "| 0.710 ± 0.000 |" in table  # the mean of 0.70, 0.71, 0.72
+
+
+def test_a_study_with_several_numbers_of_evaluation_seeds_says_so(folders, tmp_path, programs):
+    study.main(arguments(folders, tmp_path))
+    assert study.main(arguments(folders, tmp_path, "--arms", "uniform", "--eval-seeds", "4")) == 0
+    assert "with 2 or 4 evaluation seeds" in (tmp_path / "table.md").read_text()
 
 
 def test_runs_that_began_with_another_policy_are_not_mixed(folders, tmp_path, programs, capsys):
@@ -233,7 +261,7 @@ def test_settings_bind_once_there_is_a_result(folders, tmp_path, programs, capsy
 
     with monkeypatch.context() as patch:
         patch.setattr(study, "call", broken)
-        assert study.main(arguments(folders, tmp_path, "--eval-seeds", "3")) == 2
+        assert study.main(arguments(folders, tmp_path, "--retries", "3")) == 2
     assert study.main(arguments(folders, tmp_path)) == 0
     monkeypatch.setitem(study.ARMS, "no-buffer", study.Arm("another", ("--frontier", "64")))
     assert study.main(arguments(folders, tmp_path)) == 2
@@ -262,7 +290,7 @@ def test_a_plain_call_keeps_the_held_out_rows_and_a_copy_is_no_seed(folders, tmp
     study.main(arguments(folders, tmp_path))
     table = (tmp_path / "table.md").read_text()
     assert "| held-out | full method | 2 |" in table and "| training | full method | 2 |" in table
-    assert "3 training competitions, 1 held-out competitions" in table
+    assert "3 training competitions with 2 evaluation seeds, 1 held-out competitions with 2" in table
 
 
 def test_links_to_competitions_that_moved_are_made_anew(folders, tmp_path, programs):
@@ -297,7 +325,7 @@ def test_without_their_settings_runs_are_not_mixed_with_others(folders, tmp_path
     if text:
         (tmp_path / "study.json").write_text(text)
     capsys.readouterr()
-    assert study.main(arguments(folders, tmp_path, "--eval-seeds", "3")) == 2
+    assert study.main(arguments(folders, tmp_path, "--retries", "3")) == 2
     error = capsys.readouterr().err.strip()
     assert len(error.splitlines()) == 1 and "study.json is" in error and "another --out" in error
 
@@ -315,7 +343,8 @@ def test_flags_for_training_are_checked_before_anything_runs(folders, tmp_path, 
 
 @pytest.mark.parametrize("more, words", [
     (["--dev", "titanic"], "--dev titanic"), (["--seeds", "0"], "--seeds"),
-    (["--first-seed", "-1"], "--first-seed"),
+    (["--first-seed", "-1"], "--first-seed"), (["--eval-seeds", "2", "0"], "--eval-seeds"),
+    (["--eval-seeds", "1", "2", "3"], "--eval-seeds takes"),
     (["--dev", *COMPETITIONS["train"]], "--dev: nothing is left to train on"),
     (["--competitions", "/nowhere"], "/nowhere"), (["--out", "/proc/study"], "/proc/study"),
     (["--out", __file__], "test_study.py")])
