@@ -7,7 +7,8 @@ the G scripts, grade what they submit. A file in the order in which a trace live
 2. code extraction  `extract_code(response)`: the Python block of a response, or why there is none
 3. engine           `Engine`: vLLM's AsyncLLM on an event loop in a thread of its own
 4. rollout          `rollout(request)`: one group, start to end; `RolloutWorker`: the threads
-5. agent            `run_agent(...)`: a greedy tree search over the same operators
+5. agent            `run_agent(...)`: a greedy tree search over the same operators; its report and
+                    command line
 
 What is whose:
 [paper] steps (draft, improve, debug) rather than whole trajectories; rollouts run asynchronously
@@ -35,6 +36,7 @@ import argparse
 import asyncio
 import fcntl
 import importlib
+import inspect
 import json
 import math
 import os
@@ -52,7 +54,7 @@ import uuid
 import zipfile
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -212,6 +214,7 @@ def list_files(public_dir: Path) -> list[tuple[str, list[Path]]]:
     order = {"train.csv": 0, "test.csv": 1}
     patterns, groups, root = {str(public_dir): Path()}, defaultdict(list), public_dir.resolve()
     for folder, folders, names in os.walk(public_dir):
+        folders.sort()  # the order in which it goes on
         pattern = patterns.pop(folder)
         for name in folders:
             patterns[os.path.join(folder, name)] = pattern / ("*" if len(folders) > FEW else name)
@@ -285,11 +288,11 @@ def archive_names(path: Path, suffix: str) -> list[str]:
 
 def human_size(size: int) -> str:
     """
-    >>> human_size(3), human_size(25_000), human_size(1_500_000_000)
-    ('3 bytes', '25 KB', '1.5 GB')
+    >>> human_size(3), human_size(25_000), human_size(999_999), human_size(1_500_000_000)
+    ('3 bytes', '25 KB', '1 MB', '1.5 GB')
     """
     for unit, power in (("GB", 9), ("MB", 6), ("KB", 3)):
-        if size >= 10 ** power:
+        if size >= 0.9995 * 10 ** power:  # what would be rounded to 1000 of the smaller unit, too
             return f"{size / 10 ** power:.3g} {unit}"
     return f"{size} bytes"
 
@@ -327,7 +330,7 @@ def describe_outcome(trace: Trace) -> str:
         value = trace.validation_score
         return "validation score: " + (f"{value:.4g}" if value is not None else "not printed")
     lines = [f"status: {trace.status}"]
-    if trace.reason and trace.status != "error":
+    if trace.reason[:100] not in " ".join(trace.output.split()):  # a traceback's is its last line
         lines.append(trace.reason)
     if trace.output:
         lines.append(trace.output)
@@ -507,8 +510,8 @@ def engine_plan(model, config: EngineConfig, parameter_count: int, memory_bytes:
     plan["cache_tokens"] = plan["kv_cache"] // token
     plan["full_sequences"] = plan["cache_tokens"] / config.max_model_len
     if plan["full_sequences"] < 1 or plan["kv_cache"] > free:
-        needed = plan["total"] if plan["kv_cache"] > free else (
-            plan["total"] - plan["kv_cache"] + token * config.max_model_len)
+        needed = plan["total"] - plan["kv_cache"] + max(plan["kv_cache"],
+                                                        token * config.max_model_len)
         raise ValueError(
             f"a rank of an engine needs {needed / 2**30:.1f} GiB (weights "
             f"{plan['weights'] / 2**30:.1f}, key-value cache for at least one sequence of "
@@ -523,7 +526,7 @@ class EngineDead(RuntimeError):
 
 
 class WorkerExtension:
-    """What vLLM adds to the workers inside its own process, for `collective_rpc`."""
+    """What vLLM adds to its workers, for `collective_rpc`."""
 
     def load_published(self, directory: str) -> None:
         """vLLM's layerwise reload, between two engine steps. On CPUs vLLM 0.32 packs the experts
@@ -731,12 +734,12 @@ class RolloutConfig:
     timeout: float = 60.0  # seconds of wall-clock for one script
 
 
-def make_trace(task: Task, index: int, prompt_ids: list[int], completion: Completion,
-               version: int, text: str) -> Trace:
+def make_trace(task: Task, prompt_ids: list[int], completion: Completion, version: int, text: str
+               ) -> Trace:
     """A trace as sampled, before its code has run; `reason` says why there is no code."""
     code, reason = extract_code(text, completion.finish_reason)
     return Trace(
-        id=f"{uuid.uuid4().hex[:12]}-{index}",
+        id=uuid.uuid4().hex[:16],
         task_id=task.id,
         competition_id=task.competition_id,
         operator=task.operator,
@@ -754,14 +757,15 @@ def make_trace(task: Task, index: int, prompt_ids: list[int], completion: Comple
     )
 
 
-class SandboxRefused(RuntimeError):
-    """Scripts can no longer be isolated: no fault of theirs, so it must not become a reward."""
+class SandboxRefused(CompetitionError):
+    """A script was not executed, or not to its end: no fault of its own, so it must not become a
+    reward."""
 
 
 def record_run(trace: Trace, run: Execution, competition: Competition) -> None:
-    """Note in the trace what the sandbox found. Raises SandboxRefused when nothing was run."""
+    """Note in the trace what the sandbox found. Raises SandboxRefused when that is nothing."""
     if run.status == "refused":
-        raise SandboxRefused(f"scripts cannot be executed: {run.reason}")
+        raise SandboxRefused(f"{competition.id}: {run.reason}")
     trace.status, trace.exit_code, trace.seconds = run.status, run.exit_code, run.seconds
     trace.output = own_traceback(run.stderr_tail) or run.stdout_tail.strip()
     trace.validation_score, trace.valid, trace.score = run.validation_score, run.valid, run.score
@@ -830,9 +834,9 @@ def rollout(request: Request, engine, sandbox, prompter: Prompter, config: Rollo
     generated = time.monotonic()
     stage("executing")
     traces = []
-    for index, completion in enumerate(completions):
+    for completion in completions:
         text = prompter.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
-        traces.append(make_trace(task, index, prompt_ids, completion, version, text))
+        traces.append(make_trace(task, prompt_ids, completion, version, text))
     traces = list(pool.map(lambda t: execute(t, task, competition, sandbox, config), traces))
     group = Group(task, traces, handout_version=request.handout_version)
     return Result(request, group, seconds_rollout=generated - started,
@@ -963,7 +967,7 @@ class AgentRun:
         self.designs.append(design)
         self.hours += hours
         best = self.chosen == len(self.traces) - 1
-        if best and submission is not None:
+        if best:
             self.submission.write_bytes(submission)
         with open(self.folder / "steps.jsonl", "a") as log:
             log.write(json.dumps(trace.public() | {"design": design, "hours": hours}) + "\n")
@@ -997,8 +1001,9 @@ class AgentRun:
             "human_rank": best.human_rank if best else 0.0,
             "human_rank_by_step": [0.0 if i is None else self.traces[i].human_rank
                                    for i in so_far],  # had the run ended there
-            "above_median": bool(best and beats(best.score, self.competition.median,
-                                                self.competition)),
+            "above_median": best is not None and (
+                best.score < self.competition.median if self.competition.lower_is_better
+                else best.score > self.competition.median),
             "first_draft_valid": bool(self.traces and self.traces[0].valid),
             "steps_to_first_valid": first + 1 if first is not None else None,
             "chosen_step": self.chosen + 1 if self.chosen is not None else None,
@@ -1008,11 +1013,6 @@ class AgentRun:
             "hours": self.hours,
             "hours_per_execution": float(np.mean(executed)) if executed else 0.0,
         }
-
-
-def beats(score: float, other: float, competition: Competition) -> bool:
-    """Strictly better, in the metric's direction."""
-    return score < other if competition.lower_is_better else score > other
 
 
 def choose_task(competition: Competition, traces: list[Trace], config: AgentConfig,
@@ -1070,7 +1070,7 @@ def step_prompt(task: Task, memory: str, prompter: Prompter, room: int) -> tuple
 
 def run_agent(competition: Competition, seed: int, engine, sandbox, prompter: Prompter,
               config: RolloutConfig, agent: AgentConfig, folder: Path,
-              progress=lambda steps=1: None) -> AgentRun:
+              progress=lambda steps: None) -> AgentRun:
     """One run of the agent: `agent.steps` scripts, then the best by validation score.
 
     `seed` decides the search's own choices, step by step; the responses are the engine's to sample.
@@ -1098,19 +1098,44 @@ def run_agent(competition: Competition, seed: int, engine, sandbox, prompter: Pr
             completions, version = engine.generate(prompt_ids, 1, config.max_response_tokens,
                                                    config.temperature)
             text = prompter.tokenizer.decode(completions[0].token_ids, skip_special_tokens=True)
-            trace = make_trace(task, 0, prompt_ids, completions[0], version, text)
+            trace = make_trace(task, prompt_ids, completions[0], version, text)
             if trace.code_key not in tried:
                 break  # a script that is new, or no script
         trace.id, submission = task.id, None
         if trace.code:
             execution = sandbox.run(competition, trace.code, timeout=min(config.timeout, left))
-            if execution.status == "refused":
-                raise CompetitionError(f"{competition.id}: {execution.reason}")
             record_run(trace, execution, competition)
             submission = execution.submission
         run.add(trace, design_of(text), (time.monotonic() - started) / 3600, submission)
         progress(1)
     return run
+
+
+def evaluate(competitions: list[Competition], seeds: range, engine, sandbox, prompter: Prompter,
+             config: RolloutConfig, agent: AgentConfig, parallel: int, folder: Path
+             ) -> list[AgentRun]:
+    """Every competition with every seed, `parallel` agents at a time, each with a record in
+    `folder`. The first error ends all: nothing that was written down is lost."""
+    from tqdm import tqdm
+
+    pool, jobs = ThreadPoolExecutor(parallel), []
+    total = len(seeds) * len(competitions) * agent.steps
+    with tqdm(total=total, desc="agents", unit="step") as bar:
+        try:
+            for seed in seeds:
+                for competition in competitions:
+                    jobs.append(pool.submit(
+                        run_agent, competition, seed, engine, sandbox, prompter, config, agent,
+                        folder / f"{competition.id}-{seed}", bar.update))
+            for job in as_completed(jobs):
+                job.result()  # raises what has ended it
+            return [job.result() for job in jobs]
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# 6. The report of an evaluation
 
 
 RATES = {  # total of report.json -> value of one run
@@ -1141,78 +1166,6 @@ def report_totals(rows: list[dict], steps: int) -> dict:
     return totals
 
 
-def evaluate(competitions: list[Competition], seeds: range, engine, sandbox, prompter: Prompter,
-             config: RolloutConfig, agent: AgentConfig, parallel: int, folder: Path
-             ) -> list[AgentRun]:
-    """Every competition with every seed, `parallel` agents at a time, each with a record in
-    `folder`. The first error ends all: nothing that was written down is lost."""
-    from tqdm import tqdm
-
-    pool, jobs = ThreadPoolExecutor(parallel), []
-    total = len(seeds) * len(competitions) * agent.steps
-    with tqdm(total=total, desc="agents", unit="step") as bar:
-        try:
-            for seed in seeds:
-                for competition in competitions:
-                    jobs.append(pool.submit(
-                        run_agent, competition, seed, engine, sandbox, prompter, config, agent,
-                        folder / f"{competition.id}-{seed}", bar.update))
-            for job in as_completed(jobs):
-                job.result()  # raises what has ended it
-            return [job.result() for job in jobs]
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file at one stroke: a kill meanwhile leaves the old one, or none."""
-    new = path.with_name(path.name + ".new")
-    new.write_text(text)
-    new.replace(path)
-
-
-def check_settings(folder: Path, settings: dict) -> None:
-    """Make `folder` the record of an evaluation with these settings, or go on with the one there.
-
-    Raises:
-        CompetitionError: it holds an evaluation with other settings; runs must not be mixed.
-    """
-    path = folder / "settings.json"
-    settings = json.loads(json.dumps(settings))
-    if not path.exists():
-        write_whole(path, json.dumps(settings, indent=1) + "\n")
-    try:
-        found = json.loads(path.read_text())
-        found.keys()
-    except (ValueError, AttributeError) as error:
-        raise CompetitionError(f"{path} cannot be read ({error}): give another --out, or remove "
-                               f"{folder}") from None
-    for name in settings.keys() | found.keys():
-        if settings.get(name) != found.get(name):
-            raise CompetitionError(
-                f"{folder} holds an evaluation with {name} {found.get(name)!r}, not "
-                f"{settings.get(name)!r}: give another --out, or remove it")
-
-
-def lock_record(folder: Path, flag: str = "--out"):
-    """A file whose lock says that this process writes to `folder`, which `flag` has named; the lock
-    ends with the file, or with the process however that ends.
-
-    Raises:
-        CompetitionError: another process holds it, or it cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / "lock", "w")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return lock
-    except BlockingIOError:
-        raise CompetitionError(f"{flag} {folder}: another program is writing to it; wait for its "
-                               "end, or give another folder") from None
-    except OSError as error:
-        raise CompetitionError(f"{flag}: {error}") from None
-
-
 def describe_hardware() -> dict:
     """What an evaluation ran on, for its report."""
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
@@ -1225,17 +1178,6 @@ def describe_hardware() -> dict:
     return {"cpu": cpu.group(1) if cpu else platform.machine(),
             "cores": len(os.sched_getaffinity(0)), "memory_gib": round(memory / 2**30, 1),
             "gpus": gpus, "system": platform.platform()}
-
-
-def gpus_of_slots(listed: str, slots: int, first: int = 0) -> list[str] | None:
-    """CUDA_VISIBLE_DEVICES of each sandbox slot: one of the listed GPUs, in turn; `first` is the
-    number of slots that other processes have already given theirs.
-
-    >>> gpus_of_slots("4,5", 3), gpus_of_slots("4,5", 1, first=3), gpus_of_slots("", 2)
-    (['4', '5', '4'], ['5'], None)
-    """
-    ids = [part.strip() for part in listed.split(",") if part.strip()]
-    return [ids[(first + slot) % len(ids)] for slot in range(slots)] if ids else None
 
 
 def write_report(path: Path, runs: list[AgentRun], agent: AgentConfig, model: str,
@@ -1273,6 +1215,36 @@ def print_report(report: dict) -> None:
         print("fewer than 3 seeds: MLE-bench asks for at least 3, and for their standard error")
 
 
+# ---------------------------------------------------------------------------------------------
+# 7. What this command and train.py share
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file at one stroke: a kill meanwhile leaves the old one, or none."""
+    new = path.with_name(path.name + ".new")
+    new.write_text(text)
+    new.replace(path)
+
+
+def lock_record(folder: Path, flag: str = "--out"):
+    """A file whose lock says that this process writes to `folder`, which `flag` has named; the lock
+    ends with the file, or with the process however that ends.
+
+    Raises:
+        CompetitionError: another process holds it, or it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / "lock", "w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lock
+    except BlockingIOError:
+        raise CompetitionError(f"{flag} {folder}: another program is writing to it; wait for its "
+                               "end, or give another folder") from None
+    except OSError as error:
+        raise CompetitionError(f"{flag}: {error}") from None
+
+
 def read_settings(path: str | Path, known) -> list[str]:
     """A YAML file of flags -> the command line that it stands for; dashes or underscores.
 
@@ -1301,57 +1273,88 @@ def read_settings(path: str | Path, known) -> list[str]:
     return words
 
 
-GUARD = """
-import os, pathlib, re, select, shutil, signal, sys, time
+def gpus_of_slots(listed: str, slots: int, first: int = 0) -> list[str] | None:
+    """CUDA_VISIBLE_DEVICES of each sandbox slot: one of the listed GPUs, in turn; `first` is the
+    number of slots that other processes have already given theirs.
 
-owner, group, folders, shared = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:], set()
+    >>> gpus_of_slots("4,5", 3), gpus_of_slots("4,5", 1, first=3), gpus_of_slots("", 2)
+    (['4', '5', '4'], ['5'], None)
+    """
+    ids = [part.strip() for part in listed.split(",") if part.strip()]
+    return [ids[(first + slot) % len(ids)] for slot in range(slots)] if ids else None
 
-def is_ours(process, pgrp):
-    if group and pgrp == group:
-        return True
-    environ = (process / 'environ').read_bytes()  # vLLM's processes are told their folder
-    return any(f'={folder}/'.encode() in environ for folder in folders)
 
-def members():
-    for stat in pathlib.Path('/proc').glob('[0-9]*/stat'):
-        try:
-            state, _, pgrp = stat.read_text().rpartition(')')[2].split()[:3]
-            if state not in 'ZX' and is_ours(stat.parent, int(pgrp)):
-                # By inode: a semaphore is made under another name than it has then.
-                maps = (stat.parent / 'maps').read_text()
-                shared.update(re.findall(' ([0-9]+) +/dev/shm/(?:psm_|sem[.])', maps))
-                yield int(stat.parent.name), (stat.parent / 'cmdline').read_bytes()
-        except OSError:
-            pass  # it has ended meanwhile, or is somebody else's
-
-for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-    signal.signal(number, signal.SIG_IGN)
-try:
-    ended = os.pidfd_open(owner)
-    while True:
-        list(members())  # notes which shared memory is in use
-        if select.select([ended], [], [], 5)[0]:
-            break
-except ProcessLookupError:
-    pass  # it ended before we got here
-# Python's resource trackers unlink shared memory and semaphores once their clients are dead; what a
-# tracker that was killed itself can no longer unlink, we do.
-deadline = time.monotonic() + 5
-while (alive := list(members())) and time.monotonic() < deadline + 60:
-    for pid, command in alive:
-        if b'resource_tracker' not in command or time.monotonic() > deadline:
-            try: os.kill(pid, signal.SIGKILL)
-            except OSError: pass
-    select.select([], [], [], 0.05)
-for path in pathlib.Path('/dev/shm').glob('*'):
+def trained_on(model: str | Path) -> list[str]:
+    """Ids of the competitions that the policy of a run directory has seen; [] when not known."""
+    path = Path(model).resolve().parent / "splits.json"  # train.py writes it beside policy/
     try:
-        if path.name.startswith(('psm_', 'sem.')) and str(path.stat().st_ino) in shared:
-            path.unlink()
-    except OSError:
-        pass  # it has gone meanwhile
-for folder in folders:
-    shutil.rmtree(folder, ignore_errors=True)
-"""
+        return json.loads(path.read_text())["train"] if path.exists() else []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CompetitionError(f"{path} cannot be read ({type(error).__name__}: {error}): it says "
+                               "what the policy was trained on; restore or remove it") from None
+
+
+def guard(owner: int, group: int, folders: list[str]) -> None:
+    """The guard's whole program, so it imports for itself: wait for the end of process `owner`,
+    then kill the processes of its group (0: none) and those whose environment names one of the
+    folders, and remove the folders and the shared memory that these processes have left."""
+    import os, pathlib, re, select, shutil, signal, time  # noqa: E401
+
+    shared = set()
+
+    def is_ours(process, pgrp):
+        if group and pgrp == group:
+            return True
+        environ = (process / "environ").read_bytes()  # vLLM's processes are told their folder
+        return any(f"={folder}/".encode() in environ for folder in folders)
+
+    def members():
+        for stat in pathlib.Path("/proc").glob("[0-9]*/stat"):
+            try:
+                state, _, pgrp = stat.read_text().rpartition(")")[2].split()[:3]
+                if state not in "ZX" and is_ours(stat.parent, int(pgrp)):
+                    # By inode: a semaphore is made under another name than it has then.
+                    maps = (stat.parent / "maps").read_text()
+                    shared.update(re.findall(" ([0-9]+) +/dev/shm/(?:psm_|sem[.])", maps))
+                    yield int(stat.parent.name), (stat.parent / "cmdline").read_bytes()
+            except OSError:
+                pass  # it has ended meanwhile, or is somebody else's
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        ended = os.pidfd_open(owner)
+        while True:
+            list(members())  # notes which shared memory is in use
+            if select.select([ended], [], [], 5)[0]:
+                break
+    except ProcessLookupError:
+        pass  # it ended before we got here
+    # Python's resource trackers unlink shared memory and semaphores once their clients are dead;
+    # what a tracker that was killed itself can no longer unlink, we do.
+    deadline = time.monotonic() + 5
+    while (alive := list(members())) and time.monotonic() < deadline + 60:
+        for pid, command in alive:
+            if b"resource_tracker" not in command or time.monotonic() > deadline:
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except OSError:
+                    pass
+        select.select([], [], [], 0.05)
+    for path in pathlib.Path("/dev/shm").glob("*"):
+        try:
+            if path.name.startswith(("psm_", "sem.")) and str(path.stat().st_ino) in shared:
+                path.unlink()
+        except OSError:
+            pass  # it has gone meanwhile
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def guard_command(owner: int, group: int, folders: list[Path]) -> list[str]:
+    """The command line that runs `guard` in a bare interpreter."""
+    call = f"guard({owner}, {group}, {[str(folder) for folder in folders]})"
+    return [sys.executable, "-ISc", f"{inspect.getsource(guard)}\n{call}"]
 
 
 def start_guard(folders: list[Path]) -> None:
@@ -1363,8 +1366,7 @@ def start_guard(folders: list[Path]) -> None:
     server has a session of its own, and ends with its owner.) Needs Linux 5.3 (pidfd_open).
     """
     leads = os.getsid(0) == os.getpid()
-    command = [sys.executable, "-ISc", GUARD, str(os.getpid()), str(os.getpid() if leads else 0),
-               *map(str, folders)]
+    command = guard_command(os.getpid(), os.getpid() if leads else 0, folders)
     # Not this process's environment: another guard would take this one for an engine.
     environ = {k: v for k, v in os.environ.items() if k == "LD_LIBRARY_PATH"}
 
@@ -1372,11 +1374,15 @@ def start_guard(folders: list[Path]) -> None:
         return subprocess.Popen(command, env=environ, start_new_session=True,
                                 stdin=subprocess.DEVNULL)
 
-    def replace_killed(guard):
-        while guard.wait() < 0:  # killed by a signal
-            guard = start()
+    def replace_killed(process):
+        while process.wait() < 0:  # killed by a signal
+            process = start()
 
     threading.Thread(target=replace_killed, args=(start(),), name="guard", daemon=True).start()
+
+
+# ---------------------------------------------------------------------------------------------
+# 8. The command
 
 
 class Parser(argparse.ArgumentParser):
@@ -1399,18 +1405,18 @@ def make_parser() -> argparse.ArgumentParser:
         help="evaluate on competitions that the model was trained on")
     add("--out", default="report.json", help="report to write; submissions beside it")
     # the agent
-    add("--steps", type=int, default=20, help="scripts an agent may try")
+    add("--steps", type=int, default=AgentConfig.steps, help="scripts an agent may try")
     add("--seeds", type=int, default=3, help="runs per competition")
-    add("--hours", type=float, default=24.0, help="wall-clock of one run")
-    add("--drafts", type=int, default=3, help="drafts before anything else")
-    add("--debug-probability", type=float, default=0.5,
+    add("--hours", type=float, default=AgentConfig.hours, help="wall-clock of one run")
+    add("--drafts", type=int, default=AgentConfig.drafts, help="drafts before anything else")
+    add("--debug-probability", type=float, default=AgentConfig.debug_probability,
         help="probability of mending a failure rather than improving the best")
-    add("--debug-depth", type=int, default=3,
+    add("--debug-depth", type=int, default=AgentConfig.debug_depth,
         help="a script that more debug steps in a row than this led to is not mended again")
-    add("--crossover-probability", type=float, default=0.0,
+    add("--crossover-probability", type=float, default=AgentConfig.crossover_probability,
         help="probability of combining the two best rather than improving the best")
-    add("--retries", type=int, default=0, help="answers asked for again, a step, while they repeat "
-        "a script that this agent has tried already")
+    add("--retries", type=int, default=AgentConfig.retries, help="answers asked for again, a step, "
+        "while they repeat a script that this agent has tried already")
     add("--parallel", type=int, default=32, help="agents at a time")
     # the scripts
     add("--slots", type=int, default=2, help="scripts that run at the same time")
@@ -1478,16 +1484,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def trained_on(model: str | Path) -> list[str]:
-    """Ids of the competitions that the policy of a run directory has seen; [] when not known."""
-    path = Path(model).resolve().parent / "splits.json"  # train.py writes it beside policy/
-    try:
-        return json.loads(path.read_text())["train"] if path.exists() else []
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CompetitionError(f"{path} cannot be read ({type(error).__name__}: {error}): it says "
-                               "what the policy was trained on; restore or remove it") from None
-
-
 def check_overlap(model: Path, competitions: list[Competition]) -> None:
     """Refuse competitions that the policy of a run directory was trained on.
 
@@ -1506,6 +1502,28 @@ def settings_of(args: argparse.Namespace) -> dict:
                for p in sorted(model.glob("*.safetensors"))]
     return {k: v for k, v in vars(args).items() if k not in FREE} | {
         "model": str(model), "weights": weights}
+
+
+def check_settings(folder: Path, settings: dict) -> None:
+    """Make `folder` the record of an evaluation with these settings, or go on with the one there.
+
+    Raises:
+        CompetitionError: it holds an evaluation with other settings; runs must not be mixed.
+    """
+    path = folder / "settings.json"
+    settings = json.loads(json.dumps(settings))
+    if not path.exists():
+        write_whole(path, json.dumps(settings, indent=1) + "\n")
+    try:
+        found = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise CompetitionError(f"{path} cannot be read ({error}): give another --out, or remove "
+                               f"{folder}") from None
+    for name in settings.keys() | found.keys():
+        if settings.get(name) != found.get(name):
+            raise CompetitionError(
+                f"{folder} holds an evaluation with {name} {found.get(name)!r}, not "
+                f"{settings.get(name)!r}: give another --out, or remove it")
 
 
 def prepare(args: argparse.Namespace) -> tuple[list[Competition], Path]:
@@ -1532,8 +1550,7 @@ def prepare(args: argparse.Namespace) -> tuple[list[Competition], Path]:
 
 def run_evaluation(args: argparse.Namespace, competitions: list[Competition], folder: Path) -> int:
     """From the start of the sandbox and the engine to the report; the exit status."""
-    agent = AgentConfig(args.steps, args.drafts, args.debug_probability, args.debug_depth,
-                        args.hours, args.crossover_probability, args.retries)
+    agent = AgentConfig(**{f.name: getattr(args, f.name) for f in fields(AgentConfig)})
     config = RolloutConfig(args.max_response_tokens, args.temperature, timeout=args.timeout)
     gpus = gpus_of_slots(args.sandbox_gpus, args.slots)
     with Sandbox(
@@ -1574,8 +1591,8 @@ def run_evaluation(args: argparse.Namespace, competitions: list[Competition], fo
 
 def main(argv: list[str] | None = None) -> int:
     """The command line. Exit status: 0 done, 1 the engine or the program failed, 2 bad input or a
-    file that cannot be read or written, 3 no isolation, 130 interrupted. No error leaves it: the
-    agents that one cuts off would keep the process for ever."""
+    file that cannot be read or written, 3 no isolation, 130 interrupted. No exception leaves it:
+    the threads of agents that it cuts off would keep the process alive."""
     try:
         try:
             args = parse_arguments(argv)

@@ -9,7 +9,7 @@ do not describe the sandbox, so nearly everything here is our choice:
            a valid one; `improve` is paid for what it gains on its parent (`step_reward`).
 3. [ours]  Speed: scripts are forked from a server that has already imported pandas and
            scikit-learn. A run that imports them takes about 0.02 times what `python script.py`
-           takes, nearly all of it imports (tests/bench_sandbox.py).
+           takes, which spends nearly all of it on imports (tests/bench_sandbox.py).
 4. [ours]  Safety: the policy is rewarded for its score, so it will try to read the answers, to
            reach the trainer, to outlive its run. Landlock confines files, a seccomp filter confines
            system calls; neither is enough alone. Both work for a normal user, for root and in
@@ -24,10 +24,12 @@ do not describe the sandbox, so nearly everything here is our choice:
            switch them on).
 
     owner (trainer) -- control socket --> fork server -- fork --> nanny -- fork --> worker
-    holds the answers,                    has the libraries,      one a run:        the script:
+    holds the answers,                    has the libraries,      one per run:      the script:
     grades, rewards                       and no secret           limits, kills,    Landlock,
          |                                                        collects          seccomp
-         +------- one socket a run: request in, result out, EOF is failure --+
+         +------ one socket per run: request in, result out, EOF is failure -+
+
+The file goes from right to left: worker, nanny, fork server, owner.
 
 Covered (tests/test_sandbox_attacks.py attacks each):
 - Answers: no path, link, /proc entry, descriptor, handle, ptrace or memory read leads to them. The
@@ -41,10 +43,10 @@ Covered (tests/test_sandbox_attacks.py attacks each):
 - Resources: CPU, wall clock, memory, file size, disk, inodes, threads, descriptors, output.
 - Network and odd kernel interfaces: system calls are denied unless listed; foreign ABIs are fatal.
 Not covered: kernel exploits; CPU and cache timing; stat() metadata (that a path exists, its size
-and times: keep private directories 0700); what is used between two polls (POLL_SECONDS); contention
-within the limits; GPU memory between jobs (`gpus` opens /dev/nvidia* and ioctl); process pools
-(fork is denied: joblib runs in threads, DataLoader needs num_workers=0); systems other than Linux
-on x86_64 or aarch64 (refused: use a VM or a container a run). Scripts can read whatever lies in the
+and times: keep private directories 0700); what a run uses between two polls (POLL_SECONDS);
+contention within the limits; GPU memory between jobs (`gpus` opens /dev/nvidia* and ioctl); process
+pools (fork is denied: joblib runs in threads, DataLoader needs num_workers=0); systems other than
+Linux on x86_64 or aarch64 (refused: use a VM or a container). Scripts can read whatever lies in the
 Python prefix, scikit-learn's bundled data included: a competition must not be a copy of it. Links
 in the public data that lead out of it are not followed.
 
@@ -98,6 +100,7 @@ import time
 import traceback
 import types
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -109,16 +112,17 @@ import numpy as np
 
 
 class CompetitionError(ValueError):
-    """A competition cannot be loaded; the message is one line: what, where, remedy."""
+    """A competition cannot be used, or what was asked for cannot be done with it (rollout.py); the
+    message is one line: what, where, remedy."""
 
 
 class SubmissionError(ValueError):
     """A submission is refused before the grader sees it; the message is one line for the agent."""
 
 
-def _one_line(text: object, limit: int = 300) -> str:
+def _one_line(text: object) -> str:
     line = " ".join(str(text).split())
-    return line if len(line) <= limit else line[: limit - 3] + "..."
+    return line if len(line) <= 300 else line[:297] + "..."
 
 
 @dataclass(frozen=True)
@@ -426,9 +430,8 @@ def _field(mapping: dict, name: str, where: str, kind: type = str):
 
 
 def _read_leaderboard(path: Path) -> tuple[np.ndarray, bool]:
-    """The scores, best first, and whether lower is better (MLE-bench: first < last).
-
-    As mlebench has it, the file's order counts, and so does a team without a score (NaN).
+    """The scores in the file's order, which is best first, and whether lower is better (MLE-bench:
+    first < last). As mlebench has it, a team without a score (NaN) counts.
     """
     with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
         if file.readline().startswith("version https://git-lfs"):
@@ -455,22 +458,20 @@ def _load_grader(grade_fn: str, directory: Path) -> Callable:
     module_name, _, function = grade_fn.rpartition(":")
     name = module_name.removeprefix("file:") if module_name.startswith("file:") else "grade.py"
     path = directory / name
+    theirs = module_name.startswith("mlebench.") and importlib.util.find_spec("mlebench")
+    if not theirs and not path.is_file():
+        raise CompetitionError(f"{path}: missing; grader.grade_fn is {grade_fn!r}")
     try:
-        if module_name.startswith("mlebench.") and importlib.util.find_spec("mlebench"):
+        if theirs:
             module = importlib.import_module(module_name)
-        elif path.is_file():
-            unique = "grade_" + hashlib.sha256(str(path).encode()).hexdigest()[:16]
-            spec = importlib.util.spec_from_file_location(unique, path)
+        else:
+            spec = importlib.util.spec_from_file_location("grade", path)
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
-        else:
-            raise CompetitionError(f"{path}: missing; grader.grade_fn is {grade_fn!r}")
         grader = getattr(module, function or "grade")
         if not callable(grader):
             raise TypeError(f"{function or 'grade'} is no function")
         return grader
-    except CompetitionError:
-        raise
     except (Exception, SystemExit) as error:
         what = f"{type(error).__name__}: {_one_line(error)}"
         if (getattr(error, "name", None) or "").partition(".")[0] == "mlebench":
@@ -591,12 +592,13 @@ class Execution:
     """All facts of one run, flat. Status:
 
     ok             exit code 0 and a valid submission
-    error          the script raised, exited with another code, or broke a disk or thread limit
+    error          the script raised, exited with another code, broke a disk or thread limit, or
+                   the sandbox's process died under it
     timeout        the wall-clock or CPU limit (reason says which)
     memory         a MemoryError, or the memory limit
     no_submission  exit code 0, but no regular file submission.csv
     invalid        exit code 0, but the submission was refused (reason says why)
-    refused        isolation is not available: the script was not run
+    refused        not run, or not to its end: isolation is missing, or the sandbox was closed
     """
 
     status: str
@@ -639,7 +641,9 @@ def base_reward(execution: Execution, kind: str = "rank") -> float:
         return 0.1 + 0.9 * execution.human_rank
     if kind == "medal":
         return place / 3
-    return 0.4 + 0.2 * place if place else 0.4 if execution.above_median else 0.2
+    if place:
+        return 0.4 + 0.2 * place
+    return 0.4 if execution.above_median else 0.2
 
 
 def step_reward(
@@ -916,7 +920,7 @@ class Setup:
 def _worker(setup: Setup, request: dict, work: str, nanny: int, pipes: list[int]) -> None:
     """Runs in the forked child and never returns; pipes are stdout, stderr and `ready`.
 
-    `ready` says "ok", or what went wrong before the script began. It is closed by then.
+    `ready` says "ok", or what went wrong; it is closed before the script begins.
     """
     leave, ready = os._exit, pipes[2]  # bound now: the script may replace anything
     try:
@@ -1103,11 +1107,10 @@ def _nanny(setup: Setup, channel: socket.socket) -> None:
     """Runs in a fork of the fork server; the caller exits afterwards."""
     server, stopping = os.getppid(), []
     signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     request, (code,) = _receive(channel)
     request["code"] = code.decode("utf-8", "replace")
-    drop = setup.uid_base and _readable_by_others(Path(request["public"]))
+    drop = setup.uid_base and request["readable"]
     request["uid"] = setup.uid_base + request["slot"] if drop else 0
     os.environ["CUDA_VISIBLE_DEVICES"] = request["gpu"]
     work = os.path.join(setup.root, str(os.getpid()))
@@ -1195,7 +1198,8 @@ def _watch(
 
 
 def _process_facts(pid: int) -> dict:
-    """Resident bytes, CPU seconds and threads; the name in brackets is the script's to choose."""
+    """Parent, resident bytes, CPU seconds and threads; read after the last bracket, since the name
+    in brackets is the script's to choose."""
     with open(f"/proc/{pid}/stat", "rb") as file:
         fields = file.read().rpartition(b")")[2].split()
     cpu = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
@@ -1218,7 +1222,7 @@ def _broken_limit(request: dict, worker: int, work: str, inherited: int) -> str:
     size, files = _disk_usage(work)
     if files > MAX_FILES:
         return "files"
-    size += _unlinked_usage(worker, request["uid"])
+    size += _unlinked_usage(worker, request["uid"], work)
     return "disk" if size > request["disk_mb"] << 20 else ""
 
 
@@ -1233,8 +1237,11 @@ def _disk_usage(work: str) -> tuple[int, int]:
             with os.scandir(path) as entries:
                 for entry in entries:
                     files += 1
-                    size += entry.stat(follow_symlinks=False).st_blocks * 512
-                    if entry.is_dir(follow_symlinks=False):
+                    facts = entry.stat(follow_symlinks=False)
+                    size += facts.st_blocks * 512
+                    if stat.S_ISDIR(facts.st_mode):
+                        if facts.st_mode & 0o700 == 0o300:  # to be filled, and hidden from us
+                            return size, MAX_FILES + 1
                         todo.append((entry.path, depth + 1))
                     if files > MAX_FILES:
                         break
@@ -1243,13 +1250,17 @@ def _disk_usage(work: str) -> tuple[int, int]:
     return size, files
 
 
-def _unlinked_usage(worker: int, uid: int) -> int:
-    """Bytes of files that were unlinked and are still open."""
+def _unlinked_usage(worker: int, uid: int, work: str) -> int:
+    """Bytes of files that were unlinked and are still open; no end of them where one was closed as
+    well and is only mapped into memory, for its size cannot be seen."""
     size = 0
     try:
         if uid:  # /proc lets only the same user look
             os.setegid(uid)
             os.seteuid(uid)
+        with open(f"/proc/{worker}/maps", "rb") as maps:  # before the descriptors: it outlives them
+            mapped = {int(line.split()[4]) for line in maps
+                      if work.encode() in line and line.endswith(b" (deleted)\n")}
         for name in os.listdir(f"/proc/{worker}/fd"):
             try:
                 facts = os.stat(f"/proc/{worker}/fd/{name}")
@@ -1257,6 +1268,9 @@ def _unlinked_usage(worker: int, uid: int) -> int:
                 continue
             if stat.S_ISREG(facts.st_mode) and facts.st_nlink == 0:
                 size += facts.st_blocks * 512
+                mapped.discard(facts.st_ino)
+        if mapped:
+            size = sys.maxsize
     except OSError:
         pass
     finally:
@@ -1532,10 +1546,11 @@ def _can_drop_to(uid: int, root: str, canary: str) -> bool:
         os.rmdir(home)
 
 
+@functools.cache  # public data do not change
 def _readable_by_others(directory: Path) -> bool:
-    """May an unrelated uid read this directory and its files?"""
+    """May an unrelated uid read this directory and all that is below it?"""
     open_path = all(parent.stat().st_mode & 0o001 for parent in directory.parents)
-    modes = [path.stat().st_mode for path in (directory, *directory.iterdir())]
+    modes = (path.stat().st_mode for path in (directory, *directory.rglob("*")))
     return open_path and all(m & 0o004 and (m & 0o001 or not stat.S_ISDIR(m)) for m in modes)
 
 
@@ -1586,7 +1601,7 @@ class Sandbox:
         self.threads, self.gpus, self.seed = threads, gpus, seed
         self.attempts, self.delay, self._delays = attempts, delay, random.Random(seed)
         self.reuse_bytes, self._known_bytes = int(reuse_mb * 2**20), 0
-        self._known: dict[tuple, Execution] = {}  # complete runs; the last used stands last
+        self._known: OrderedDict[tuple, Execution] = OrderedDict()  # complete runs
         self._running: dict[tuple, Future] = {}  # becomes the Execution, or None if not complete
         self._known_lock = threading.Lock()  # guards these three
         self._limits = {
@@ -1648,27 +1663,26 @@ class Sandbox:
         """
         if not self.reuse_bytes:
             return self._run(competition, code, timeout)
-        key, execution = (competition.public_dir, timeout, code), None
+        key, kept = (competition.public_dir, timeout, code), None
         with self._known_lock:
             if key in self._known:
-                execution = self._known[key] = self._known.pop(key)  # the last used stands last
-                return dataclasses.replace(execution, reused=True)
-            future = self._running.get(key)
-            if first := future is None:
-                future = self._running[key] = Future()
-        if not first and (execution := future.result()):
-            return dataclasses.replace(execution, reused=True)
+                self._known.move_to_end(key)  # the last used stands last
+                return dataclasses.replace(self._known[key], reused=True)
+            first = key not in self._running
+            future = self._running.setdefault(key, Future())
+        if not first and (known := future.result()):  # it waits for the one that runs now
+            return dataclasses.replace(known, reused=True)
         try:
             execution = self._run(competition, code, timeout)
+            kept = execution if execution.complete else None
+            return execution
         finally:
             if first:
-                complete = execution is not None and execution.complete
                 with self._known_lock:
                     del self._running[key]
-                    if complete:
-                        self._remember(key, execution)
-                future.set_result(execution if complete else None)
-        return execution
+                    if kept:
+                        self._remember(key, kept)
+                future.set_result(kept)
 
     def _remember(self, key: tuple, execution: Execution) -> None:
         """Keep a result; those used longest ago make room for it."""
@@ -1679,8 +1693,7 @@ class Sandbox:
         self._known[key] = execution
         self._known_bytes += size(key, execution)
         while self._known_bytes > self.reuse_bytes:
-            oldest = next(iter(self._known))
-            self._known_bytes -= size(oldest, self._known.pop(oldest))
+            self._known_bytes -= size(*self._known.popitem(last=False))
 
     def _run(self, competition: Competition, code: str, timeout: float | None) -> Execution:
         problem = self.problem or self._exposed(competition)
@@ -1730,7 +1743,8 @@ class Sandbox:
         request = {
             "slot": slot, "timeout": timeout, "seed": int.from_bytes(digest[:4], "big"),
             "cpu_seconds": self.cpu_seconds or timeout * self.threads,
-            "public": str(competition.public_dir.resolve()),
+            "public": str(public := competition.public_dir.resolve()),
+            "readable": _readable_by_others(public),
             "submission_bytes": competition._sample.max_bytes,
             "gpu": self.gpus[slot] if self.gpus else "", **self._limits,
         }
@@ -1744,9 +1758,8 @@ class Sandbox:
                 ours.settimeout(timeout + KILL_SECONDS + 60)
                 _send(ours, request, data)
                 return _receive(ours)
-            except (OSError, EOFError) as error:
-                said = f"the sandbox process was killed in the middle of the run {_one_line(error)}"
-                return {"killed": "lost", "said": said.strip()}, []
+            except (OSError, EOFError):
+                return {"killed": "lost"}, []
 
     def _hand_over(self, channel: socket.socket) -> None:
         """Give the fork server its end of a run's socket; wait for a successor when it has died."""
@@ -1754,7 +1767,7 @@ class Sandbox:
             with self._changed:
                 self._changed.wait_for(lambda: self._control or self.problem)
                 if self.problem:
-                    raise OSError(f"({self.problem})")
+                    raise OSError(self.problem)
                 try:
                     socket.send_fds(self._control, [b"run"], [channel.fileno()])
                     return
@@ -1784,11 +1797,10 @@ class Sandbox:
         killed, exit_code, limits = facts["killed"], facts.get("exit_code"), self._limits
         if killed == "refused":
             return "refused", f"isolation failed: {facts['said'] or 'the worker died in set-up'}"
-        if killed == "lost":
-            return "error", facts["said"]
-        if killed == "orphaned":
-            what = "the sandbox was closed" if self._closed else "the sandbox process was killed"
-            return "error", f"{what} in the middle of the run"
+        if killed in ("lost", "orphaned"):
+            if self.problem:  # it was closed, or does not start again: no fault of the script's
+                return "refused", f"the run was cut short: {self.problem}"
+            return "error", "the sandbox process was killed in the middle of the run"
         if killed == "timeout":
             return "timeout", f"stopped at the wall-clock limit after {facts['seconds']:.1f} s"
         if killed == "cpu":
@@ -1834,7 +1846,6 @@ class Sandbox:
                     self.problem = "the fork server does not start (its message is on stderr)"
                 self._changed.notify_all()
             if not control:
-                self._process.wait()
                 continue
             with contextlib.suppress(ConnectionResetError):
                 control.recv(1)  # it never speaks again: this waits for its end
@@ -1861,18 +1872,23 @@ class Sandbox:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         # -P -s and the bare environment do what -I would, which ignores PYTHONHASHSEED.
         command = [sys.executable, "-P", "-s", "-B", os.path.abspath(__file__), "serve"]
-        with theirs:
-            self._process = subprocess.Popen(
-                [*command, str(theirs.fileno())], pass_fds=[theirs.fileno()], env=environment,
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, cwd="/",
-                start_new_session=True,
-            )
+        process = None
         try:
+            with theirs:
+                process = self._process = subprocess.Popen(
+                    [*command, str(theirs.fileno())], pass_fds=[theirs.fileno()], env=environment,
+                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, cwd="/",
+                    start_new_session=True,
+                )
             ours.send(json.dumps(self._config).encode())
             self.hello = json.loads(ours.recv(1 << 20))
             return ours
-        except (OSError, ValueError):
+        except (OSError, ValueError) as error:
             ours.close()
+            if process:
+                process.wait()
+            else:
+                print(f"sandbox: the fork server does not start: {error}", file=sys.stderr)
             return None
 
 
@@ -1952,15 +1968,17 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="execute one script and grade what it submits")
     run.add_argument("script", type=Path, help="it sees ./input and writes ./submission.csv")
-    add = functools.partial(run.add_argument, type=float, metavar="S")
-    add("--timeout", default=30.0, help="wall-clock limit, seconds (default 30)")
-    add("--cpu-seconds", help="CPU limit, seconds (default: timeout * threads)")
-    add = functools.partial(run.add_argument, type=int, metavar="N")
-    add("--memory-mb", default=2048, help="memory limit, MB (default 2048)")
-    add("--threads", default=1, help="OpenMP and BLAS threads (default 1)")
-    kinds = ("rank", "milestone", "medal")
-    run.add_argument("--reward", default="rank", choices=kinds, help="reward to report")
-    run.add_argument("--unsafe", action="store_true", help="run even where isolation is missing")
+    add = run.add_argument
+    add("--timeout", type=float, default=30.0, metavar="S",
+        help="wall-clock limit, seconds (default 30)")
+    add("--cpu-seconds", type=float, metavar="S",
+        help="CPU limit, seconds (default: timeout * threads)")
+    add("--memory-mb", type=int, default=2048, metavar="N", help="memory limit, MB (default 2048)")
+    add("--threads", type=int, default=1, metavar="N",
+        help="OpenMP and BLAS threads (default 1)")
+    add("--reward", default="rank", choices=("rank", "milestone", "medal"),
+        help="reward to report")
+    add("--unsafe", action="store_true", help="run even where isolation is missing")
     grade = commands.add_parser("grade", help="grade a submission without running anything")
     grade.add_argument("submission", type=Path, help="a submission.csv")
     for command in (run, grade):

@@ -1087,7 +1087,10 @@ def test_closing_in_the_middle(competition):
         assert wait_until(lambda: len(descendants(sandbox._process.pid)) == 2)
         tree = descendants(sandbox._process.pid) | {sandbox._process.pid}
         sandbox.close()
-        assert future.result(timeout=60).status == "error" and not alive(tree)
+        run = future.result(timeout=60)  # no fault of the script's
+        assert (run.status, run.reason) == (
+            "refused", "the run was cut short: the sandbox is closed")
+        assert not alive(tree)
 
 
 def test_closing_while_the_server_restarts(competition, tmp_path):
@@ -1103,6 +1106,15 @@ def test_a_server_that_never_starts_is_a_problem_not_a_hang(competition, tmp_pat
     sandbox = Sandbox(1, scratch=str(tmp_path / "nowhere"))
     assert "does not start" in sandbox.problem
     assert sandbox.run(competition, GOOD).status == "refused"
+
+
+def test_a_machine_that_starts_no_more_processes_is_a_problem_not_a_hang(monkeypatch, capfd):
+    def full(*_, **__):
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr("sandbox.subprocess.Popen", full)
+    assert "does not start" in Sandbox(1).problem
+    assert "Resource temporarily unavailable" in capfd.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------

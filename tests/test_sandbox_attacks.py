@@ -809,6 +809,27 @@ import time; time.sleep(5)""",
     reason="disk",
 )
 attack(
+    "disk, unlinked files that are only mapped",
+    """
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+for i in range(200):
+    fd = os.open('x', os.O_RDWR | os.O_CREAT); os.write(fd, bytes(8 << 20))
+    libc.mmap(None, 4096, 1, 1, fd, 0); os.close(fd); os.unlink('x')
+import time; time.sleep(5)""",
+    "error",
+    reason="disk",
+)
+attack(
+    "disk, directory that cannot be listed",
+    """
+os.mkdir('d', 0o300)
+for i in range(200):
+    with open(f'd/f{i}', 'wb') as f: f.write(bytes(8 << 20))
+import time; time.sleep(5)""",
+    "error",
+    reason="limit of",
+)
+attack(
     "disk, O_TMPFILE", "attempt(os.open, '.', os.O_TMPFILE | os.O_RDWR)", NOTHING, layer="seccomp"
 )
 attack(

@@ -18,7 +18,7 @@ from fakes import FakeEngine, FakeLearner, FakePrompter, FakeSandbox, write_worl
 
 import train
 from buffer import EvolvingBuffer, Group, Task, Trace
-from rollout import GUARD, Request, Result, RolloutConfig, RolloutWorker, rollout
+from rollout import Request, Result, RolloutConfig, RolloutWorker, guard_command, rollout
 from sampler import AdaptiveSampler
 from train import Config, Curriculum, UserError, batch_metrics, make_batch, parse_config
 
@@ -661,8 +661,7 @@ def test_the_guard_of_a_process_that_has_ended_already_cleans_up(tmp_path):
     ended.wait()
     folder = tmp_path / "scratch"
     folder.mkdir()
-    guard = subprocess.run([sys.executable, "-ISc", GUARD, str(ended.pid), "0", str(folder)],
-                           capture_output=True, text=True)
+    guard = subprocess.run(guard_command(ended.pid, 0, [folder]), capture_output=True, text=True)
     assert (guard.returncode, guard.stderr) == (0, "") and not folder.exists()
 
 
