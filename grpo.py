@@ -28,8 +28,8 @@ What differs from the textbook, and whose choice it is:
 4. [ours] The sampled stop token is part of the response: whoever masks it out never teaches the
    policy to stop.
 5. [ours] Rewards can be replaced by what a response adds to the one chosen out of k (`best_of`): a
-   search keeps one, so a policy should give answers of which one is good and known to be, not the
-   same one each time.
+   search keeps one answer, so a policy should vary its answers and know which is good, not repeat
+   the same one.
 6. [ours] Entropy is the entropy of the distribution, from the logits, with its gradient; the
    negative log-likelihood of a sample is only an estimate of it and has another gradient.
 
@@ -53,7 +53,7 @@ KL_KINDS = ("k1", "k2", "k3")
 
 def group_advantages(
     rewards: Tensor, kind: str = "dr_grpo", eps: float = 1e-6, tolerance: float = 1e-6
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Group-relative advantages: how much better a trace did than its group.
 
     Args:
@@ -94,12 +94,13 @@ def group_advantages(
 def best_of(rewards: Tensor, k: int, claims: Tensor | None = None) -> Tensor:
     """What each response adds to the reward of the one that is chosen out of k.
 
-    Of k responses, the one with the highest claim is chosen. Response i adds, on average over S, a
-    random k - 1 of the group's others: r_i - r_j where it claims more than j, the one chosen of S,
-    and 0 where it does not. Taken as rewards, these make the policy gradient that of the expected
-    reward of what is chosen out of k responses, over k, instead of that of the mean response. A
-    policy that gives one answer gets nothing for giving it again; one that is right where the
-    others fail gets all of it; one that claims too much pays for what it pushes out.
+    An agent that asks for k responses keeps the one with the highest claim. Draw k - 1 of the
+    group's others at random, and let j be the one of these that claims most: response i adds
+    r_i - r_j where it claims more than j, else nothing. The result is the mean over all draws.
+    Taken as rewards, these make the policy gradient 1/k times that of the expected reward of the
+    chosen response, instead of that of the mean response. A policy that gives one answer gets
+    nothing for giving it again; one that is right where the others fail gets all of it; one that
+    claims too much pays for what it pushes out.
 
     Args:
         rewards: (B, G).
@@ -189,7 +190,7 @@ def aggregate(
     lengths = mask.sum(dim=1)  # (N,)
     if denominator is None:
         denominator = loss_denominator(lengths, kind, mask.shape[1])
-    values = torch.where(mask, values, values.new_zeros(()))  # (N, T)
+    values = _masked(values, mask)  # (N, T)
     sums = values.sum(dim=1)  # (N,)
     if kind in ("grpo", "gspo"):
         sums = sums / lengths.clamp(min=1)  # (N,)
@@ -340,8 +341,6 @@ def _sequence_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 def _mean(values: Tensor) -> Tensor:
     """Mean of a possibly empty vector, 0 when it is."""
-    if not values.is_floating_point():
-        values = values.float()
     return values.sum() / max(values.numel(), 1)  # ()
 
 
@@ -400,10 +399,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 logprobs.append(logits.gather(-1, y[:, None])[:, 0] - lse[-1])  # (t,)
                 logp = logits.sub_(lse[-1][:, None])  # (t, V), in the logits' memory
                 entropy.append(-(logp.exp() * logp).sum(dim=-1))  # (t,)
-        logprobs, lse, entropy = (
-            torch.cat(parts) if parts else hidden.new_zeros(0, dtype=_wide(hidden))
-            for parts in (logprobs, lse, entropy)
-        )  # (T,) each
+        logprobs, lse, entropy = map(torch.cat, (logprobs, lse, entropy))  # (T,) each
         ctx.save_for_backward(hidden, weight, targets, lse, entropy)
         ctx.temperature, ctx.chunk = temperature, chunk
         ctx.set_materialize_grads(False)  # an unused entropy then costs nothing

@@ -6,7 +6,7 @@ the sequences, compute token log-probabilities, the loss of `grpo.py`, its gradi
 update. It runs in one process, or on the ranks of a process group, where FSDP2 shards parameters,
 gradients and optimizer state.
 
-What is ours [ours, all of it: the paper's abstract and summaries name no trainer]:
+All of it is [ours], for the paper's abstract and summaries name no trainer:
 1. Packing without padding. Sequences stand one after another in one row; attention runs within
    each (block-causal), position ids restart, so that a packed sequence computes what it would
    compute alone.
@@ -102,7 +102,6 @@ class LearnerConfig:
     share_prompts: bool = True  # compute a group's prompt once
     activation_checkpointing: bool = False
     cpu_offload: bool = False  # parameters and optimizer in host memory between their uses
-    compile: bool = False  # torch.compile of every decoder layer
 
     def __post_init__(self) -> None:
         if self.loss not in grpo.LOSSES:
@@ -276,7 +275,90 @@ class Segments:
         return self._masks[key]
 
 
-@torch.compiler.disable  # the sizes change with every row: a compiled layer breaks around it
+@dataclass
+class MicroBatch:
+    """One packed row and what the loss needs of its N sequences. R response tokens in all."""
+
+    tokens: Tensor  # (1, T)
+    position_ids: Tensor  # (1, T), restarting
+    segments: Segments
+    predictors: Tensor  # (R,) where in the row the hidden state stands that predicts a token
+    targets: Tensor  # (R,) the response tokens
+    mask: Tensor  # (N, longest response)
+    behavior_logprobs: Tensor  # (N, longest response)
+    advantages: Tensor  # (N,)
+
+    @classmethod
+    def build(
+        cls, sequences: list[Sequence], device: torch.device, share_prompts: bool = True
+    ) -> MicroBatch:
+        """Lay sequences out in one row; no sequences make a dummy whose loss is 0.
+
+        A prompt p of three tokens with the responses a (three) and b (two); nothing has to be
+        predicted from the last token of a sequence, so it is no input:
+
+            row         p1 p2 p3   a1 a2   b1      segments of 3, 2, 1; parents -1, 0, 0
+            position     0  1  2    3  4    3
+            predictors  2 3 4 (of a1 a2 a3)  2 5 (of b1 b2): places in the row
+        """
+        real = bool(sequences)
+        if not real:
+            sequences = [Sequence(np.zeros(2, np.int32), 1, np.zeros(1, np.float32), 0.0)]
+        parts, positions, sizes, parents, predictors = [], [], [], [], []
+
+        def lay(tokens: np.ndarray, first: int, parent: int) -> None:
+            """Add a segment to the row; `first` is the position of its first token."""
+            parts.append(tokens)
+            positions.append(np.arange(first, first + len(tokens)))
+            sizes.append(len(tokens))
+            parents.append(parent)
+
+        families: dict[bytes, tuple[int, int]] = {}  # prompt -> its segment, its end in the row
+        prompts = [prompt_key(sequence) for sequence in sequences]
+        uses = Counter(prompts)
+        for sequence, prompt in zip(sequences, prompts):
+            p, inputs = sequence.prompt_length, sequence.tokens[:-1]
+            begin, parent, prompt_end = 0, -1, sum(sizes) + p
+            if share_prompts and uses[prompt] > 1:
+                if prompt not in families:
+                    lay(inputs[:p], 0, -1)
+                    families[prompt] = len(sizes) - 1, sum(sizes)
+                begin, (parent, prompt_end) = p, families[prompt]
+            start = sum(sizes) + p - begin  # of the response in the row
+            if len(inputs) > begin:  # a response of one token adds no input
+                lay(inputs[begin:], begin, parent)
+            predictors.append([prompt_end - 1])
+            predictors.append(np.arange(start, start + len(inputs) - p))
+        lengths = np.array([len(s.tokens) - s.prompt_length for s in sequences])
+        filled = np.arange(lengths.max())[None, :] < lengths[:, None]
+        behavior = np.zeros(filled.shape, np.float32)
+        behavior[filled] = np.concatenate([s.behavior_logprobs for s in sequences])
+
+        def move(array: np.ndarray, dtype: torch.dtype) -> Tensor:
+            return torch.as_tensor(array, dtype=dtype, device=device)
+
+        return cls(
+            tokens=move(np.concatenate(parts), torch.long)[None],  # (1, T)
+            position_ids=move(np.concatenate(positions), torch.long)[None],  # (1, T)
+            segments=Segments(sizes, parents, device),
+            predictors=move(np.concatenate(predictors), torch.long),  # (R,)
+            targets=move(np.concatenate([s.tokens[s.prompt_length :] for s in sequences]),
+                         torch.long),  # (R,)
+            mask=move(filled & real, torch.bool),  # (N, longest)
+            behavior_logprobs=move(behavior, torch.float32),  # (N, longest)
+            advantages=move(np.array([s.advantage for s in sequences]), torch.float32),  # (N,)
+        )
+
+    def unpack(self, values: Tensor) -> Tensor:
+        """(R,) values of the response tokens -> (N, longest response), zeros elsewhere."""
+        if not self.mask.any():  # the dummy keeps its graph, so that backward runs on every rank
+            return values[None] * 0  # (1, 1)
+        return values.new_zeros(self.mask.shape).masked_scatter(self.mask, values)  # (N, longest)
+
+
+# -------------------------------------------------------------------------------- attention
+
+
 def block_causal_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     segments: Segments, scaling: float | None = None, sliding_window: int | None = None,
@@ -357,87 +439,6 @@ def _varlen_attention(
 AttentionInterface.register(ATTENTION, block_causal_attention)
 
 
-@dataclass
-class MicroBatch:
-    """One packed row and what the loss needs of its N sequences. R response tokens in all."""
-
-    tokens: Tensor  # (1, T)
-    position_ids: Tensor  # (1, T), restarting
-    segments: Segments
-    predictors: Tensor  # (R,) where in the row the hidden state stands that predicts a token
-    targets: Tensor  # (R,) the response tokens
-    mask: Tensor  # (N, longest response)
-    behavior_logprobs: Tensor  # (N, longest response)
-    advantages: Tensor  # (N,)
-
-    @classmethod
-    def build(
-        cls, sequences: list[Sequence], device: torch.device, share_prompts: bool = True
-    ) -> MicroBatch:
-        """Lay sequences out in one row; no sequences make a dummy whose loss is 0.
-
-        A prompt p of three tokens with the responses a (three) and b (two); nothing has to be
-        predicted from the last token of a sequence, so it is no input:
-
-            row         p1 p2 p3   a1 a2   b1      segments of 3, 2, 1; parents -1, 0, 0
-            position     0  1  2    3  4    3
-            predictors  2 3 4 (of a1 a2 a3)  2 5 (of b1 b2): places in the row
-        """
-        real = bool(sequences)
-        if not real:
-            sequences = [Sequence(np.zeros(2, np.int32), 1, np.zeros(1, np.float32), 0.0)]
-        parts, positions, sizes, parents, predictors = [], [], [], [], []
-
-        def lay(tokens: np.ndarray, first: int, parent: int) -> None:
-            """Add a segment to the row; `first` is the position of its first token."""
-            parts.append(tokens)
-            positions.append(np.arange(first, first + len(tokens)))
-            sizes.append(len(tokens))
-            parents.append(parent)
-
-        families: dict[bytes, tuple[int, int]] = {}  # prompt -> its segment, its end in the row
-        prompts = [prompt_key(sequence) for sequence in sequences]
-        uses = Counter(prompts)
-        for sequence, prompt in zip(sequences, prompts):
-            p, inputs = sequence.prompt_length, sequence.tokens[:-1]
-            begin, parent, prompt_end = 0, -1, sum(sizes) + p
-            if share_prompts and uses[prompt] > 1:
-                if prompt not in families:
-                    lay(inputs[:p], 0, -1)
-                    families[prompt] = len(sizes) - 1, sum(sizes)
-                begin, (parent, prompt_end) = p, families[prompt]
-            start = sum(sizes) + p - begin  # of the response in the row
-            if len(inputs) > begin:  # a response of one token adds no input
-                lay(inputs[begin:], begin, parent)
-            predictors.append([prompt_end - 1])
-            predictors.append(np.arange(start, start + len(inputs) - p))
-        lengths = np.array([len(s.tokens) - s.prompt_length for s in sequences])
-        filled = np.arange(lengths.max())[None, :] < lengths[:, None]
-        behavior = np.zeros(filled.shape, np.float32)
-        behavior[filled] = np.concatenate([s.behavior_logprobs for s in sequences])
-
-        def move(array: np.ndarray, dtype: torch.dtype) -> Tensor:
-            return torch.as_tensor(array, dtype=dtype).to(device, non_blocking=True)
-
-        return cls(
-            tokens=move(np.concatenate(parts), torch.long)[None],  # (1, T)
-            position_ids=move(np.concatenate(positions), torch.long)[None],  # (1, T)
-            segments=Segments(sizes, parents, device),
-            predictors=move(np.concatenate(predictors), torch.long),  # (R,)
-            targets=move(np.concatenate([s.tokens[s.prompt_length :] for s in sequences]),
-                         torch.long),  # (R,)
-            mask=move(filled & real, torch.bool),  # (N, longest)
-            behavior_logprobs=move(behavior, torch.float32),  # (N, longest)
-            advantages=move(np.array([s.advantage for s in sequences]), torch.float32),  # (N,)
-        )
-
-    def unpack(self, values: Tensor) -> Tensor:
-        """(R,) values of the response tokens -> (N, longest response), zeros elsewhere."""
-        if not self.mask.any():  # the dummy keeps its graph, so that backward runs on every rank
-            return values[None] * 0  # (1, 1)
-        return values.new_zeros(self.mask.shape).masked_scatter(self.mask, values)  # (N, longest)
-
-
 # ------------------------------------------------------------------------------------ model
 
 
@@ -508,9 +509,6 @@ def load_policy(
         shard(policy, config, device, mesh)
     else:
         policy.to(device)
-    if config.compile:
-        for layer in model.base_model.layers:
-            layer.compile(dynamic=True)
     return policy
 
 
@@ -594,7 +592,7 @@ class Learner:
             self.reference.requires_grad_(False)
         self.optimizer = make_optimizer(self.policy, config)
         self.version = 0
-        # The engine runs in the dtype that the model directory names.
+        # Published files keep the dtype that the model directory names; an engine casts to its own.
         self.publish_dtype = AutoConfig.from_pretrained(self.model_dir).dtype or torch.float32
 
     # ----------------------------------------------------------------------------- one step
@@ -784,7 +782,8 @@ class Learner:
     # --------------------------------------------------------------------------- checkpoint
 
     def save(self, directory: str | os.PathLike) -> None:
-        """Write a sharded checkpoint: weights, optimizer, version, every rank's RNG. Collective.
+        """Write a sharded checkpoint: weights, optimizer, version. A step draws no random numbers.
+        Collective.
 
         It loads at any number of ranks. The schedule is a function of the version. Raises OSError
         on every rank when one cannot write (disk full)."""
@@ -795,26 +794,18 @@ class Learner:
 
     def load(self, directory: str | os.PathLike) -> None:
         """Go on from a checkpoint of `save`; further steps are bit-identical at the same number
-        of ranks on CPUs (on GPUs, atomic additions have no fixed order). A rank that the checkpoint
-        does not know keeps its RNG. Collective. Raises OSError when it is damaged or of another
-        model."""
+        of ranks on CPUs (on GPUs, atomic additions have no fixed order). Collective. Raises OSError
+        when it is damaged or of another model."""
+        state = self._state()
         with warnings.catch_warnings(), errors_as_os_error(f"{directory} cannot be loaded"):
-            state = self._state()
-            known = dcp.FileSystemReader(str(directory)).read_metadata().state_dict_metadata
-            state = {name: value for name, value in state.items()
-                     if not name.startswith("rng.") or name in known}
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             dcp.load(state, checkpoint_id=str(directory), process_group=self.group,
                      no_dist=self.group is None)
         self.version = state["version"]
-        if f"rng.{self.rank}" in state:
-            torch.set_rng_state(state[f"rng.{self.rank}"])
 
     def _state(self) -> dict[str, object]:
         """A flat dictionary of this learner's tensors: dcp.load fills them in place."""
-        state: dict[str, object] = {
-            "version": self.version, f"rng.{self.rank}": torch.get_rng_state(),
-        }
+        state: dict[str, object] = {"version": self.version}
         for name, parameter in self.policy.named_parameters():
             state[f"model.{name}"] = parameter.detach()
             for key, value in self.optimizer.state[parameter].items():
@@ -952,7 +943,7 @@ def saved_bytes(
     """Bytes that autograd saves in the forward pass of a full row, on the meta device, without
     activation checkpointing, of a model cut to `layers` layers; parameters are not counted."""
     if getattr(hf_config, "num_experts", None) and dtype == torch.float32:
-        # The grouped product of experts takes bfloat16 only there: twice that is the upper bound.
+        # The grouped product of experts exists in bfloat16 only there: twice that is a bound.
         return 2 * saved_bytes(hf_config, layers, config, prompt_tokens, torch.bfloat16)
     cut = copy.deepcopy(hf_config)
     cut.num_hidden_layers = layers

@@ -19,8 +19,8 @@ What is whose:
 [paper] rollouts and learner run asynchronously; an Evolving Data Buffer and Adaptive Sampling
         decide what to roll out next.
 [ours]  1. The staleness rule (after AReaL), see `Curriculum`.
-        2. Only queues cross processes, and one process owns buffer and sampler: no locks, no
-           shared state. The queues are plain `queue.Queue`s that a `multiprocessing.managers`
+        2. Only queues cross processes, and one process owns buffer and sampler: no lock is held
+           across processes. The queues are plain `queue.Queue`s that a `multiprocessing.managers`
            server on rank 0 offers over TCP under a random key. Weights are files in shared memory;
            other nodes than rank 0's copy them into theirs through the same server.
         3. Every publication of weights ends in a self-check: the engine scores a fixed probe and
@@ -34,12 +34,12 @@ import bisect
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import importlib.util
 import json
 import multiprocessing
 import os
 import queue
-import re
 import secrets
 import shutil
 import signal
@@ -59,8 +59,8 @@ import numpy as np
 
 from buffer import OPERATORS, EvolvingBuffer, Group, Task, last_line, plain
 from rollout import (Engine, EngineConfig, PromptBudget, Prompter, Request, Result, RolloutConfig,
-                     RolloutWorker, gpus_of_slots, lock_record, read_settings, start_guard,
-                     trained_on, write_whole)
+                     RolloutWorker, engine_plan, gpus_of_slots, lock_record, read_settings,
+                     standing, start_guard, trained_on, write_whole)
 from sampler import AdaptiveSampler
 from sandbox import CompetitionError, Sandbox, load_competitions
 
@@ -111,13 +111,13 @@ class Config:
     # --- roles
     learner_ranks: int = opt(0, "L: ranks that learn, the others roll out; 0: half of them")
     tensor_parallel: int = opt(1, "GPUs per engine; so many rollout ranks share one engine")
-    rollout_threads: int = opt(24, "groups in flight per engine; (eta + 1) * B keeps the engine's "
-                                   "batches large: it samples a whole hand-out at once")
+    rollout_threads: int = opt(24, "groups in flight per engine; (eta + 1) * B, all that is handed "
+                                   "out at a time, keeps its batches large")
     sandbox_slots: int = opt(2, "scripts that run at the same time per rollout rank")
     sandbox_gpus: str = opt("", "GPU ids for the scripts, e.g. 6,7: one for each sandbox slot in "
                                 "turn; '' for none")
-    learner_threads: int = opt(1, "CPU threads of the learner (CPU training only); two that wait "
-                                  "for each other lose where sandboxes want the same cores")
+    learner_threads: int = opt(1, "CPU threads of the learner (CPU training only); with two, each "
+                                  "waits for the other whenever a sandbox has its core")
     engine_threads: int = opt(1, "CPU threads of the engine (CPU engines only)")
     # --- asynchrony
     max_staleness: int = opt(2, "eta: versions a group may be old when it is learnt from; 0: "
@@ -212,23 +212,6 @@ PRESETS = {
     "ace30b": SMALL | dict(model="Qwen/Qwen3-30B-A3B", learner_ranks=16, tensor_parallel=2),
 }
 
-# For --dry-run, where the presets are planned for: (nodes, ranks a node), and the bytes of a GPU,
-# an H100 of "80 GB" as CUDA reports it. The shapes of their models, so that it needs no network.
-WORLDS = {"tiny": (1, 1), "small": (1, 8), "ace30b": (4, 8)}
-GPU_BYTES = 79 << 30
-SHAPES = {
-    "Qwen/Qwen3-8B": dict(
-        model_type="qwen3", vocab_size=151936, hidden_size=4096, intermediate_size=12288,
-        num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
-        tie_word_embeddings=False, dtype="bfloat16"),
-    "Qwen/Qwen3-30B-A3B": dict(
-        model_type="qwen3_moe", vocab_size=151936, hidden_size=2048, intermediate_size=6144,
-        num_hidden_layers=48, num_attention_heads=32, num_key_value_heads=4, head_dim=128,
-        num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768, decoder_sparse_step=1,
-        norm_topk_prob=True, tie_word_embeddings=False, dtype="bfloat16"),
-}
-
-
 def parse_config(argv: list[str] | None = None) -> tuple[Config, argparse.Namespace]:
     """Command line -> (Config, arguments that are not part of it: resume, dry_run).
 
@@ -310,11 +293,11 @@ def refuse_to_change(base: dict, given: dict) -> None:
                         "have become too old already")
     if new["max_staleness"] < base["max_staleness"]:
         raise UserError(f"--max-staleness {new['max_staleness']}: --resume {run_dir} has handed "
-                        f"out tasks for {base['max_staleness']}, which may only grow")
+                        f"out tasks that count on {base['max_staleness']}: it may only grow")
 
 
-# What each numeric flag must be; NaN fails every comparison. MOST keeps seconds below the 2^31
-# milliseconds where poll(2) ends.
+# Bounds of each numeric flag; NaN fails every comparison. MOST keeps seconds within poll(2)'s 2^31
+# milliseconds, and numpy's seeds, of which each rank has its own, within 2^32.
 BOUNDS = (
     (lambda x: x >= 1, "at least 1",
      "steps groups responses best_of checkpoint_every keep_checkpoints learner_ranks "
@@ -329,11 +312,15 @@ BOUNDS = (
      "preview_chars output_chars sandbox_delay reuse_mb"),
     (lambda x: x >= 0.05, "at least 0.05", "tau"),
 )
-MOST = {int: 2**32, float: 2e6}
+MOST = {int: 2**31, float: 2e6}
 
 
-def validate(config: Config, world_size: int) -> None:
+def validate(config: Config, world_size: int, node_size: int | None = None) -> None:
     """Refuse what cannot work before anything is started; fills in `learner_ranks` and `run_dir`.
+
+    Args:
+        world_size: ranks of the run.
+        node_size: ranks a node; default: all are on one.
 
     Raises:
         UserError: one line that names the flag and the remedy.
@@ -366,6 +353,12 @@ def validate(config: Config, world_size: int) -> None:
     if rollout_ranks % config.tensor_parallel:
         raise UserError(f"--tensor-parallel {config.tensor_parallel} does not divide the "
                         f"{rollout_ranks} rollout ranks")
+    node_size = node_size or world_size
+    for rank in range(config.learner_ranks, world_size, config.tensor_parallel):
+        if rank % node_size + config.tensor_parallel > node_size:
+            raise UserError(f"--tensor-parallel {config.tensor_parallel}: the engine of rank "
+                            f"{rank} would span two nodes of {node_size} ranks; choose "
+                            "--learner-ranks such that no engine does")
     if config.cpu_offload and config.learner_ranks < 2:
         raise UserError("--cpu-offload is FSDP's: it needs at least two --learner-ranks")
     if world_size == 1 and not config.kv_cache_gib:
@@ -452,9 +445,14 @@ class Curriculum:
 
     def start(self) -> None:
         """Begin, once the engines have the weights: what a checkpoint found in flight is handed out
-        again here."""
-        for task_id, version in self.in_flight.items():
-            self.tasks.put(Request(self.buffer.tasks[task_id], self.config.responses, version))
+        again here, unless the run is to be shorter now and nobody would learn from it."""
+        for task_id, version in list(self.in_flight.items()):
+            if self.issued > self.config.steps * self.config.groups:
+                del self.in_flight[task_id]
+                self.sampler.release(task_id)
+                self.give_back()
+            else:
+                self.tasks.put(Request(self.buffer.tasks[task_id], self.config.responses, version))
         self.thread = threading.Thread(target=self.run, name="curriculum", daemon=True)
         self.thread.start()
 
@@ -589,10 +587,12 @@ class Curriculum:
         groups early would push an old one, that is still in flight, over the limit.
         """
         config = self.config
-        if len(self.ready) < config.groups or config.stale == "drop":
-            return len(self.ready) >= config.groups
-        left = [r.group.policy_version for r in self.ready[config.groups:]]
-        left = sorted(left + list(self.in_flight.values()))
+        if len(self.ready) < config.groups:
+            return False
+        if config.stale == "drop":
+            return True
+        left = sorted([r.group.policy_version for r in self.ready[config.groups:]]
+                      + list(self.in_flight.values()))
         return all(self.version + 1 + k // config.groups - version <= config.max_staleness
                    for k, version in enumerate(left))
 
@@ -700,7 +700,6 @@ def make_batch(results: list[Result], config: Config) -> list:
 
     from grpo import best_of, group_advantages
     from learner import Sequence
-    from rollout import standing
 
     sequences = []
     for group in (r.group for r in results):
@@ -750,6 +749,14 @@ def batch_metrics(results: list[Result], version: int) -> dict:
     return {k: None if v is None else round(float(v), 6) for k, v in metrics.items()}
 
 
+# Every row of metrics.jsonl has the same keys: these are null where a step had nothing to learn
+# from.
+EMPTY_METRICS = dict.fromkeys(
+    "tokens tokens_total tokens_computed loss grad_norm learning_rate skipped kl kl_ref "
+    "logprob_diff clip_frac clip_frac_low clip_frac_high entropy is_ratio_mean ess "
+    "logprob_gap".split())
+
+
 def evaluation_rows(results: list[Result]) -> list[dict]:
     """Rows of eval.jsonl: per competition, rates over the drafts of a frozen policy."""
     rows = []
@@ -770,24 +777,6 @@ def evaluation_rows(results: list[Result]) -> list[dict]:
             "human_rank": float(np.mean([t.human_rank if t.valid else 0.0 for t in traces])),
         })
     return rows
-
-
-def jsonl(rows: list[dict]) -> str:
-    """Lines of a file; numbers that are not finite become null, since JSON has no NaN."""
-    return "".join(json.dumps({k: plain(v) for k, v in row.items()}) + "\n" for row in rows)
-
-
-def append_jsonl(path: Path, rows: list[dict]) -> None:
-    with open(path, "a") as file:
-        file.write(jsonl(rows))
-
-
-def read_jsonl(path: Path) -> list[dict]:
-    """The rows of a file that a killed run has left; a torn last line is no row."""
-    if not path.exists():
-        return []
-    lines = path.read_text().split("\n")[:-1]  # what follows the last newline is torn, or nothing
-    return [json.loads(line) for line in lines]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -900,7 +889,15 @@ def fetch_weights(directory: Path, connect) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# 5. Nothing stays behind (what removes the rest is rollout.start_guard)
+# 5. Nothing stays behind (see also rollout.start_guard)
+
+
+def leave(status: int) -> None:
+    """End this process at once: threads of vLLM, gloo and the queues still run, and some of them do
+    not survive it when the interpreter is taken down under them."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def die_with_parent() -> None:
@@ -909,7 +906,7 @@ def die_with_parent() -> None:
 
     PR_SET_PDEATHSIG = 1
     parent = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died in between
         leave(1)
 
@@ -946,6 +943,42 @@ def scratch_folder(name: str, needed: float = 0) -> Path:
 # 6. Roles
 
 
+def load_splits(config: Config) -> tuple[list, list]:
+    """Training and held-out competitions, which must not overlap unless that is wanted."""
+    train = load_competitions(config.competitions, config.data_dir or None)
+    heldout = load_competitions(config.heldout, config.data_dir or None) if config.heldout else []
+    both = ({c.id for c in train} | set(trained_on(config.model))) & {c.id for c in heldout}
+    if both and not config.allow_overlap:
+        raise UserError(f"--heldout {config.heldout}: {min(both)} is a training competition too, "
+                        "of this run or of --model's; --allow-overlap lets it be both")
+    if config.capacity < len(train):
+        raise UserError(f"--capacity {config.capacity}: the buffer must hold a draft task for each "
+                        f"of the {len(train)} training competitions")
+    return train, heldout
+
+
+def fitting(config: Config, competitions: list, tokenizer, kind: str) -> list[str]:
+    """Ids of the competitions whose draft prompt leaves room for a response; the others are
+    counted and left out, since a prompt is never cut.
+
+    Raises:
+        UserError: none is left.
+    """
+    prompter = make_prompter(config, tokenizer, competitions)
+    lengths = {c.id: len(prompter(Task.root(c.id))) for c in competitions}
+    room = config.max_model_len - config.max_response_tokens
+    long = {c: length for c, length in lengths.items() if length > room}
+    if long:
+        text = (f"{len(long)} of {len(lengths)} {kind} competitions leave no room for a response "
+                f"of {config.max_response_tokens} tokens, {max(long, key=long.get)} with a prompt "
+                f"of {max(long.values())} tokens: raise --max-model-len (it is "
+                f"{config.max_model_len}) or lower --description-chars, --preview-chars")
+        if len(long) == len(lengths) and kind == "training":
+            raise UserError(text)
+        print(f"warning: left out: {text}", file=sys.stderr, flush=True)
+    return [c for c in lengths if c not in long]
+
+
 def rollout_main(config: Config, rank: int, address, key: bytes) -> None:
     """A rollout rank: one engine, one pool of sandboxes, threads that serve the task queue."""
     from transformers import AutoTokenizer
@@ -961,7 +994,6 @@ def rollout_main(config: Config, rank: int, address, key: bytes) -> None:
     engine_number = (rank - config.learner_ranks) // config.tensor_parallel
     model = local_model(config.model)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    budget = PromptBudget(config.description_chars, config.preview_chars, config.output_chars)
     sandbox = Sandbox(slots=config.sandbox_slots, timeout=config.timeout,
                       cpu_seconds=config.cpu_seconds, memory_mb=config.memory_mb,
                       disk_mb=config.disk_mb, file_mb=config.disk_mb,
@@ -974,13 +1006,13 @@ def rollout_main(config: Config, rank: int, address, key: bytes) -> None:
               "runs them without isolation", file=sys.stderr)
         leave(2)
     engine = Engine(model, engine_config(config, rank), scratch=scratch)
-    prompter = Prompter(tokenizer, competitions, budget)
+    prompter = make_prompter(config, tokenizer, competitions)
     error = serve_rollouts(config, rank, connect, engine, sandbox, prompter, doing)
     if error is not None:
         lost = isinstance(error, (EOFError, ConnectionError))
         print(f"rollout rank {rank}: " + ("the connection to rank 0 is lost" if lost else
-              f"{type(error).__name__}: {error}"), file=sys.stderr, flush=True)
-        os._exit(1)
+              f"{type(error).__name__}: {error}"), file=sys.stderr)
+        leave(1)
     sandbox.close()
     engine.close()
 
@@ -1026,6 +1058,11 @@ def answer_watchdog(rank: int, questions, doing: dict) -> None:
             print(f"  rollout rank {rank}: {doing['now']()}", file=sys.stderr, flush=True)
     except (EOFError, OSError):
         pass  # rank 0 is gone: others notice that too
+
+
+def make_prompter(config: Config, tokenizer, competitions: list) -> Prompter:
+    return Prompter(tokenizer, competitions, PromptBudget(
+        config.description_chars, config.preview_chars, config.output_chars))
 
 
 def engine_config(config: Config, rank: int = 0) -> EngineConfig:
@@ -1303,7 +1340,7 @@ class Run:
         folder = self.dir / "checkpoints" / f"step_{self.step}"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        self.everyone("save", str(folder / "learner"))
+        self.everyone("save", folder / "learner")
         state = {"step": self.step, **self.curriculum.state_dict()}
         with open(folder / "curriculum.json", "w") as file:
             json.dump(state, file)
@@ -1340,7 +1377,7 @@ class Run:
                     raise UserError(
                         f"--resume {self.dir}: its checkpoint is of other training competitions; "
                         "give the --competitions and the limits of prompts that the run began with")
-                self.everyone("load", str(folder / "learner"))
+                self.everyone("load", folder / "learner")
                 self.step = state["step"]
                 self.curriculum.load_state_dict(state)
         with reading(self.dir, "groups.jsonl or traces.jsonl"):
@@ -1357,6 +1394,28 @@ class Run:
         print(f"resuming {self.dir} after step {self.step}", flush=True)
 
 
+# ---------------------------------------------------------------------------------------------
+# 7. Records and checkpoints of a run directory
+
+
+def jsonl(rows: list[dict]) -> str:
+    """Lines of a file; numbers that are not finite become null, since JSON has no NaN."""
+    return "".join(json.dumps({k: plain(v) for k, v in row.items()}) + "\n" for row in rows)
+
+
+def append_jsonl(path: Path, rows: list[dict]) -> None:
+    with open(path, "a") as file:
+        file.write(jsonl(rows))
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """The rows of a file that a killed run has left; a torn last line is no row."""
+    if not path.exists():
+        return []
+    lines = path.read_text().split("\n")[:-1]  # what follows the last newline is torn, or nothing
+    return [json.loads(line) for line in lines]
+
+
 @contextlib.contextmanager
 def reading(run_dir: Path, what: str, remedy: str = "start a new run"):
     """Whatever is wrong with what a resume reads, one line that names it and the remedy."""
@@ -1365,14 +1424,6 @@ def reading(run_dir: Path, what: str, remedy: str = "start a new run"):
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"--resume {run_dir}: {what} cannot be read ({type(error).__name__}: "
                         f"{error}); {remedy}")
-
-
-# Every row of metrics.jsonl has the same keys: these are null where a step had nothing to learn
-# from.
-EMPTY_METRICS = dict.fromkeys(
-    "tokens tokens_total tokens_computed loss grad_norm learning_rate skipped kl kl_ref "
-    "logprob_diff clip_frac clip_frac_low clip_frac_high entropy is_ratio_mean ess "
-    "logprob_gap".split())
 
 
 def mend_traces(run_dir: Path) -> None:
@@ -1392,50 +1443,12 @@ def mend_traces(run_dir: Path) -> None:
 
 def checkpoint_folders(run_dir: Path) -> list[Path]:
     """checkpoints/step_N, by N. What else somebody keeps there, such as a copy, stays untouched."""
-    steps = {int(p.name[5:]): p for p in run_dir.glob("checkpoints/step_*")
-             if re.fullmatch(r"step_\d+", p.name)}
-    return [steps[step] for step in sorted(steps)]
-
-
-def load_splits(config: Config) -> tuple[list, list]:
-    """Training and held-out competitions, which must not overlap unless that is wanted."""
-    train = load_competitions(config.competitions, config.data_dir or None)
-    heldout = load_competitions(config.heldout, config.data_dir or None) if config.heldout else []
-    both = ({c.id for c in train} | set(trained_on(config.model))) & {c.id for c in heldout}
-    if both and not config.allow_overlap:
-        raise UserError(f"--heldout {config.heldout}: {min(both)} is a training competition too, "
-                        "of this run or of --model's; --allow-overlap lets it be both")
-    if config.capacity < len(train):
-        raise UserError(f"--capacity {config.capacity}: the buffer must hold a draft task for each "
-                        f"of the {len(train)} training competitions")
-    return train, heldout
-
-
-def fitting(config: Config, competitions: list, tokenizer, kind: str) -> list[str]:
-    """Ids of the competitions whose draft prompt leaves room for a response; the others are
-    counted and left out, since a prompt is never cut.
-
-    Raises:
-        UserError: none is left.
-    """
-    budget = PromptBudget(config.description_chars, config.preview_chars, config.output_chars)
-    prompter = Prompter(tokenizer, competitions, budget)
-    lengths = {c.id: len(prompter(Task.root(c.id))) for c in competitions}
-    room = config.max_model_len - config.max_response_tokens
-    long = {c: length for c, length in lengths.items() if length > room}
-    if long:
-        text = (f"{len(long)} of {len(lengths)} {kind} competitions leave no room for a response "
-                f"of {config.max_response_tokens} tokens, {max(long, key=long.get)} with a prompt "
-                f"of {max(long.values())} tokens: raise --max-model-len (it is "
-                f"{config.max_model_len}) or lower --description-chars, --preview-chars")
-        if len(long) == len(lengths) and kind == "training":
-            raise UserError(text)
-        print(f"warning: left out: {text}", file=sys.stderr, flush=True)
-    return [c for c in lengths if c not in long]
+    folders = [p for p in run_dir.glob("checkpoints/step_*") if p.name[5:].isdecimal()]
+    return sorted(folders, key=lambda p: int(p.name[5:]))
 
 
 # ---------------------------------------------------------------------------------------------
-# 7. Start and end
+# 8. Start and end
 
 
 def hide_torchrun() -> None:
@@ -1457,14 +1470,6 @@ def child_main(config: Config, address, key: bytes) -> None:
         traceback.print_exc()
         leave(1)
     leave(0)
-
-
-def leave(status: int) -> None:
-    """End this process at once: threads of vLLM, gloo and the queues still run, and some of them do
-    not survive it when the interpreter is taken down under them."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
 
 
 class Place(NamedTuple):
@@ -1494,15 +1499,17 @@ def join_world(config: Config) -> Place:
         die_with_parent()
         exit_on_sigterm()
         timeout = timedelta(seconds=config.collective_timeout)
-        store, _, _ = next(rendezvous("env://", timeout=timeout))
+        # A slow start, such as a download, is no collective operation: its time is not counted.
+        store, _, _ = next(rendezvous("env://", timeout=timedelta(days=1)))
         if one_node:
             # torchrun keeps one store for all its restarts, full of the addresses of dead ranks
             # (pytorch #135712). Agents of several nodes count their restarts apart: there, start
             # torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             store = dist.PrefixStore(f"attempt_{attempt}", store)
-        store.set(f"here_{rank}", "")  # the timeout is for what follows, not for a slow start
+        store.set(f"here_{rank}", "")
         store.wait([f"here_{r}" for r in range(world)])
+        store.set_timeout(timeout)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timeout)
     if rank == 0:
         # Other nodes reach rank 0 where torchrun's own rendezvous reaches it. That name may mean
@@ -1521,6 +1528,7 @@ def join_world(config: Config) -> Place:
     return Place(world, rank, local_rank, group, queues, *contact[0])
 
 
+@functools.cache
 def local_model(model: str) -> str:
     """A model directory: the one that is named, or what the Hugging Face hub has under the name,
     fetched once. config.json keeps the name: the directory is another one on each node."""
@@ -1555,7 +1563,6 @@ def train(config: Config, resume: bool) -> None:
     import torch
     import torch.distributed as dist
 
-    # Before the ranks meet: whoever waits in a collective for a download runs into its timeout.
     model = local_model(config.model)
     place = join_world(config)
     if place.rank >= config.learner_ranks:
@@ -1574,7 +1581,10 @@ def train(config: Config, resume: bool) -> None:
             torch.set_num_threads(config.learner_threads)
         else:
             torch.cuda.set_device(place.local_rank)
-        learner = Learner(model, learner_config(config), group=place.group)
+        try:
+            learner = Learner(model, learner_config(config), group=place.group)
+        except NotImplementedError as error:
+            raise UserError(f"--model {config.model}: {error}")
         if place.rank > 0:
             orders = connect_queues(place.address, place.key)(f"learner/{place.rank}")
             learner_follow(learner, orders)
@@ -1650,6 +1660,27 @@ def describe_run(config: Config, splits: tuple[list, list]) -> None:
     write_whole(run_dir / "splits.json", json.dumps(ids, indent=1) + "\n")
 
 
+# ---------------------------------------------------------------------------------------------
+# 9. --dry-run
+
+
+# For --dry-run, where the presets are planned for: (nodes, ranks a node), and the bytes of a GPU,
+# an H100 of "80 GB" as CUDA reports it. The shapes of their models, so that it needs no network.
+WORLDS = {"tiny": (1, 1), "small": (1, 8), "ace30b": (4, 8)}
+GPU_BYTES = 79 << 30
+SHAPES = {
+    "Qwen/Qwen3-8B": dict(
+        model_type="qwen3", vocab_size=151936, hidden_size=4096, intermediate_size=12288,
+        num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
+        tie_word_embeddings=False, dtype="bfloat16"),
+    "Qwen/Qwen3-30B-A3B": dict(
+        model_type="qwen3_moe", vocab_size=151936, hidden_size=2048, intermediate_size=6144,
+        num_hidden_layers=48, num_attention_heads=32, num_key_value_heads=4, head_dim=128,
+        num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768, decoder_sparse_step=1,
+        norm_topk_prob=True, tie_word_embeddings=False, dtype="bfloat16"),
+}
+
+
 def planned_world(preset: str) -> tuple[int, int]:
     """(ranks, ranks a node): torchrun's if it has started us, else what the preset is made for."""
     if "WORLD_SIZE" in os.environ:
@@ -1675,7 +1706,6 @@ def print_plan(config: Config) -> None:
     from transformers import AutoConfig
 
     from learner import memory_plan
-    from rollout import engine_plan
 
     world, local = planned_world(config.preset)
     if torch.cuda.is_available():
@@ -1717,7 +1747,7 @@ def print_plan(config: Config) -> None:
         show("a learner rank:", plan)
         engine = engine_plan(model, engine_config(config), plan["parameter_count"], memory)
         show("a rank of an engine:", engine)
-    except ValueError as error:
+    except (ValueError, NotImplementedError) as error:
         raise UserError(f"--dry-run: {error}")
     # A version is published in the dtype of the model's files.
     version = plan["parameter_count"] * (model.dtype or torch.float32).itemsize
@@ -1728,6 +1758,10 @@ def print_plan(config: Config) -> None:
     if far:
         print(f"  copied over TCP, once a node, into the shared memory of nodes "
               f"{', '.join(map(str, far))}: {len(far) * version / 2**30:.2f} GiB a step")
+
+
+# ---------------------------------------------------------------------------------------------
+# 10. The command
 
 
 def how_to_go_on(config: Config | None) -> str:
@@ -1747,8 +1781,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         interrupt_on_signals()
         config, arguments = parse_config(argv)
-        world = int(os.environ.get("WORLD_SIZE", 1))
-        validate(config, planned_world(config.preset)[0] if arguments.dry_run else world)
+        planned = arguments.dry_run or "WORLD_SIZE" in os.environ
+        validate(config, *(planned_world(config.preset) if planned else (1, 1)))
         check_model(config.model)
         if arguments.dry_run:
             if rank == 0:

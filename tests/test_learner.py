@@ -490,12 +490,10 @@ def test_a_loaded_learner_goes_on_bit_for_bit(models, tmp_path):
     for seed in (0, 1):
         learner.step(make_sequences(seed=seed))
     learner.save(tmp_path / "checkpoint")
-    noise = torch.rand(3)
     first = [learner.step(make_sequences(seed=seed)) for seed in (2, 3)]
     again = L.Learner(models["qwen3"], config, device="cpu")
     again.load(tmp_path / "checkpoint")
     assert again.version == 2
-    assert torch.equal(torch.rand(3), noise)
     assert [again.step(make_sequences(seed=seed)) for seed in (2, 3)] == first
     expected = parameters(learner)
     assert all(torch.equal(expected[n], p) for n, p in parameters(again).items())
@@ -589,17 +587,6 @@ def test_memory_plan_of_thirty_billion_parameters():
     assert offloaded["host"] == pytest.approx(5 * plan["host"], rel=0.01)  # 16 bytes a parameter
     with pytest.raises(ValueError, match="needs .* GiB and has 80.0 .*more learner ranks"):
         L.memory_plan(moe, config, ranks=2, prompt_tokens=4096, memory_bytes=80 << 30)
-
-
-@pytest.mark.long
-def test_compiled_layers_give_the_same_gradient(models):
-    sequences = make_sequences()
-    plain = L.Learner(models["qwen3"], make_config(), device="cpu")
-    fast = L.Learner(models["qwen3"], make_config(compile=True), device="cpu")
-    one, gradient = step_gradient(plain, sequences)
-    two, found = step_gradient(fast, sequences)
-    assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
-    assert_same_gradient(gradient, found, 1e-4)
 
 
 # ------------------------------------------------------------------------------- two ranks

@@ -122,6 +122,17 @@ def test_prompts_show_code_and_outcome_but_never_the_test_score(competition):
     assert "status: invalid" in text and "columns a,b" in text and "Fix" in text
 
 
+@pytest.mark.parametrize("reason, output, told", [
+    ("exit code 3", "half way", "status: error\nexit code 3\nhalf way"),  # there is no traceback
+    ("NameError: name 'x' is not defined", "line 1: x\nNameError: name 'x' is not defined",
+     "status: error\nline 1: x\nNameError: name 'x' is not defined"),  # here it says it already
+])
+def test_what_ended_a_script_is_told_once(reason, output, told):
+    failed = Trace("p", "toy/draft", "toy", "draft", code="x", status="error", reason=reason,
+                   output=output)
+    assert rollout.describe_outcome(failed) == told
+
+
 PINNED = """You are a machine learning engineer. Write one Python script that reads the data in input/, \
 holds out training rows, prints 'validation score: <float>' and writes submission.csv. Answer with \
 one ```python block.
@@ -562,6 +573,7 @@ def test_scripts_that_are_refused_end_the_evaluation(competition, tmp_path):
     with pytest.raises(CompetitionError, match="toy: the answers of"):
         evaluate([competition], range(2), FakeEngine(), Refusing(), FakePrompter(["toy"]),
                  RolloutConfig(), AgentConfig(), 2, tmp_path)
+    assert not any(log.read_bytes() for log in tmp_path.glob("*/steps.jsonl"))  # no step is counted
 
 
 EVALUATION = """

@@ -328,6 +328,26 @@ def test_in_flight_tasks_are_handed_out_again():
     resumed.results.put(None)
 
 
+@pytest.mark.parametrize("steps, left", [(0, 0), (1, 8), (2, 16)])
+def test_a_resume_with_fewer_steps_rolls_nothing_out_that_nobody_learns_from(steps, left):
+    config = make_config(groups=8, max_staleness=2, steps=20)
+    curriculum = make_curriculum(config)
+    with curriculum.changed:
+        for number in range(30):  # enough tasks for all that may be in flight
+            task = Task(f"toy/{number}", COMPETITIONS[0], "draft")
+            curriculum.buffer.tasks[task.id] = task
+            curriculum.sampler.add(task.id, task.competition_id, task.operator)
+        curriculum.hand_out()
+        while not curriculum.tasks.empty():
+            curriculum.tasks.get()
+        assert curriculum.issued == 24
+        curriculum.config = dataclasses.replace(config, steps=steps)
+        curriculum.start()
+    assert curriculum.tasks.qsize() == len(curriculum.in_flight) == curriculum.issued == left
+    assert curriculum.handed == left and len(curriculum.sampler.in_flight) == left
+    curriculum.results.put(None)
+
+
 # -- command line
 
 
@@ -465,6 +485,14 @@ def test_every_number_has_bounds():
 def test_learner_ranks_must_leave_one_that_rolls_out():
     with pytest.raises(UserError, match="--learner-ranks 2"):
         train.validate(make_config(learner_ranks=2), world_size=2)
+
+
+def test_an_engine_stays_on_one_node():
+    config = make_config(learner_ranks=6, tensor_parallel=3)
+    with pytest.raises(UserError, match="--tensor-parallel 3: the engine of rank 6 would span"):
+        train.validate(config, world_size=24, node_size=8)
+    train.validate(config, world_size=24)
+    train.validate(make_config(learner_ranks=6, tensor_parallel=2), world_size=24, node_size=8)
 
 
 @pytest.mark.parametrize("arguments, status", [
@@ -728,6 +756,17 @@ def test_a_dry_run_plans_for_the_world_of_its_preset(preset, parts, capsys, monk
         error = capsys.readouterr().err.strip()
         assert "a learner rank needs" in error and "more learner ranks" in error
         assert len(error.splitlines()) == 1
+
+
+def test_a_dry_run_refuses_a_model_that_the_learner_does_not_compute(tmp_path, capsys):
+    from transformers import AutoConfig
+
+    AutoConfig.for_model("gemma2", num_hidden_layers=2, hidden_size=8, vocab_size=9,
+                         attn_logit_softcapping=50.0).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert train.main(["--model", str(tmp_path), "--dry-run", "--run-dir", "unused"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert "gemma2 sets attn_logit_softcapping" in error and len(error.splitlines()) == 1
 
 
 def test_a_dry_run_refuses_an_engine_without_room_for_one_sequence():
