@@ -1,4 +1,4 @@
-# Everything that a fresh machine needs: Python 3.11, git and make.
+# A fresh machine needs Python 3.11, git and make; this file does the rest.
 #
 #   make data       set up, prepare the tiny policy and the mini competitions
 #   make train      that, then train and plot
@@ -22,7 +22,7 @@ RUN ?= runs/first
 setup: $(VENV)/ready
 
 $(VENV)/ready: requirements.txt requirements-cpu.txt
-	@echo "installing Python packages into $(VENV): about 4 GB, two to five minutes"
+	@echo "installing Python packages into $(VENV): about 4 GB (with CUDA more), two to five minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -r $(REQUIREMENTS) || \
 		{ [ $(REQUIREMENTS) = requirements-cpu.txt ] && $(BIN)/pip install --quiet \
@@ -32,14 +32,14 @@ $(VENV)/ready: requirements.txt requirements-cpu.txt
 	$(BIN)/pip uninstall --quiet -y torchvision torchaudio torchcodec
 	touch $@
 
-data: data/policy/config.json
+data: data/competitions/DONE data/policy/config.json
 
-data/competitions/DONE: examples/mini_mlebench.py | setup
+data/competitions/DONE: examples/mini_mlebench.py examples/mini_mlebench_references.json | setup
 	rm -rf data/competitions
 	$(BIN)/python examples/mini_mlebench.py --out data/competitions
 	touch $@
 
-data/policy/config.json: examples/tiny_policy.py examples/mini_mlebench.py data/competitions/DONE | setup
+data/policy/config.json: examples/tiny_policy.py examples/mini_mlebench.py | setup
 	$(BIN)/python examples/tiny_policy.py --out data/policy
 
 train: data

@@ -1448,7 +1448,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 # Flags that change how fast an evaluation is, or how far it goes, but no run of it.
 FREE = ("config out parallel slots sandbox_gpus reuse_mb seeds competitions data_dir "
-        "allow_overlap").split()
+        "allow_overlap max_num_seqs").split()
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -1519,7 +1519,7 @@ def check_settings(folder: Path, settings: dict) -> None:
     except (ValueError, TypeError) as error:
         raise CompetitionError(f"{path} cannot be read ({error}): give another --out, or remove "
                                f"{folder}") from None
-    for name in settings.keys() | found.keys():
+    for name in (settings.keys() | found.keys()) - set(FREE):
         if settings.get(name) != found.get(name):
             raise CompetitionError(
                 f"{folder} holds an evaluation with {name} {found.get(name)!r}, not "

@@ -25,8 +25,8 @@ What is whose:
            other nodes than rank 0's copy them into theirs through the same server.
         3. Every publication of weights ends in a self-check: the engine scores a fixed probe and
            the learner compares with its own log-probabilities.
-        4. Whatever ends a run (the last step, Ctrl-C, a crash, kill -9 of any process), a guard
-           process per rank removes what it leaves behind.
+        4. Whatever ends a run (the last step, Ctrl-C, a crash, kill -9 of any process), guard
+           processes beside rank 0 and each engine remove what it leaves behind.
 """
 
 import argparse

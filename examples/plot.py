@@ -9,8 +9,8 @@ mean, over the steps that all of them have, with each seed faint behind it. Stro
 smoothed (a Gaussian window of about a twentieth of the run), the faint ones behind a single run
 are the figures as logged.
 
-Values that are null or missing leave a gap. Exit status 2, with one line on stderr, when a run has
-no metrics or the picture cannot be written.
+Steps whose value is null or missing are passed over. Exit status 2, with one line on stderr, when a
+run has no metrics or the picture cannot be written.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ INK, MUTED, GRID = "#22262e", "#737a87", "#e6e8ec"
 OPERATORS = {"draft": "#3b6fd4", "improve": "#1f9d7a", "debug": "#e08a2e", "crossover": "#c9508c"}
 STAGES = {"rollout": "#4b5f8f", "sandbox": "#9db3d8", "learn": "#8a63c2", "sync": "#d0609a",
           "wait": "#dfe2e8"}
-RUNS = ["#3b6fd4", "#e08a2e", "#1f9d7a", "#c9508c", "#7d5bbf", "#6b7280", "#b3a02a", "#2aa5b8"]
+RUNS = ["#3b6fd4", "#e08a2e", "#1f9d7a", "#c9508c", "#7d5bbf", "#6b7280", "#b3a02a", "#2aa5b8",
+        "#8c5a3c"]
 BEFORE, AFTER = "#c5cad3", "#2aa5b8"
 SCORES = {"valid_rate": "valid", "medal_rate": "medal", "human_rank": "human rank"}
 SPLITS = {"train": "training competitions", "heldout": "held-out competitions"}
@@ -271,22 +272,20 @@ def time_panel(ax, runs: list[Run]) -> None:
         if shares.shape[1] >= 3:
             shares = np.array([smooth(row) for row in shares])
         bands(ax, runs[0], dict(zip(STAGES, shares, strict=True)), STAGES)
-        ax.set_ylim(0, 1)
-        legend(ax, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=5)
-        return
+    else:
+        for position, run in enumerate(runs):
+            seconds = {stage: np.nan_to_num(run[f"seconds_{stage}"]).sum() for stage in STAGES}
+            total, bottom = max(sum(seconds.values()), 1e-12), 0.0
+            for stage, color in STAGES.items():
+                share = seconds[stage] / total
+                ax.bar(position, share, 0.62, bottom, color=color, edgecolor="white",
+                       linewidth=0.8, label=stage if position == 0 else None)
+                bottom += share
+        ax.set_xlim(-0.6, len(runs) - 0.4)
+        ax.set_xticks(range(len(runs)), [str(i + 1) for i in range(len(runs))])
+        for tick, run in zip(ax.get_xticklabels(), runs, strict=True):
+            tick.set(color=run.color, fontweight="bold")
     ax.set_ylim(0, 1)
-    ax.set_xlim(-0.6, len(runs) - 0.4)
-    for position, run in enumerate(runs):
-        seconds = {stage: np.nan_to_num(run[f"seconds_{stage}"]).sum() for stage in STAGES}
-        total, bottom = max(sum(seconds.values()), 1e-12), 0.0
-        for stage, color in STAGES.items():
-            share = seconds[stage] / total
-            ax.bar(position, share, 0.62, bottom, color=color, edgecolor="white", linewidth=0.8,
-                   label=stage if position == 0 else None)
-            bottom += share
-    ax.set_xticks(range(len(runs)), [str(i + 1) for i in range(len(runs))])
-    for tick, run in zip(ax.get_xticklabels(), runs, strict=True):
-        tick.set(color=run.color, fontweight="bold")
     legend(ax, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=5)
 
 

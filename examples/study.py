@@ -30,8 +30,8 @@ How the numbers are made (everything here is [ours]):
    (simulated, 3 seeds, 16 competitions: 0.8 times as wide as it should be where all spread is the
    seeds', 1.5 times where it is all such noise). With one seed it speaks of other competitions.
 4. Groups without gradient: all G advantages 0, counted over the whole run. That is so where all
-   rewards are equal (a column of its own), and with --best-of also where only such responses
-   differ as no choice brings up.
+   rewards are equal (a column of its own), and with --best-of k also where only the k - 2 lowest
+   claims have another reward.
 5. Minutes: the training steps alone, without start and evaluation.
 6. "First script": human rank had the agent handed in its first script, a draft. It says what one
    answer of the policy is worth; twenty tries and a choice among them make up for much.
@@ -125,22 +125,22 @@ def call(command: list, log: Path) -> None:
 
 def train(arm: str, seed: int, folder: Path, args: argparse.Namespace) -> dict:
     """Train one policy, or go on with it; what its metrics say. Held-out competitions stay out."""
-    flags = ["--heldout", "", "--eval-drafts", 0]
-    competitions = competition_folder(args, ["train"])  # the links of a resumed run as well
+    flags = ["--heldout", "", "--eval-drafts", 0,
+             # Made anew, for a resumed run as well: it may have moved.
+             "--competitions", competition_folder(args, ["train"])]
     if any(folder.glob("checkpoints/step_*/DONE")):
         flags += ["--resume", folder]
     else:
         shutil.rmtree(folder, ignore_errors=True)
         flags += ["--preset", "tiny", "--run-dir", folder, "--seed", seed,
                   "--steps", args.steps, "--model", args.model, "--keep-checkpoints", 1,
-                  "--competitions", competitions,
                   *args.train_flags, *ARMS[arm].train]
     call([ROOT / "train.py", *flags], folder.with_suffix(".log"))
     return training_summary(folder)
 
 
 def training_summary(run: Path) -> dict:
-    """What the table and the picture need of a run directory."""
+    """What the table and the picture need of a run directory, and a few facts to look up."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     config = json.loads((run / "config.json").read_text())
     checkpoint = max(run.glob("checkpoints/step_*/curriculum.json"),
@@ -388,6 +388,10 @@ def markdown(rows: list[dict], results: list[dict], args: argparse.Namespace) ->
         return f"{mean * scale:.{digits}f}" + ("" if error is None
                                                else f" ± {error * scale:.{digits}f}")
 
+    def evaluated(split):  # a study that was cut while seeds were added has several numbers
+        numbers = sorted({evaluation_seeds(r, split) for r in results} - {0})
+        return " or ".join(map(str, numbers))
+
     def difference(row, measure, scale=1.0, digits=3):
         if measure not in row["to full"]:
             return "-"
@@ -412,10 +416,6 @@ def markdown(rows: list[dict], results: list[dict], args: argparse.Namespace) ->
             show(row.get("no gradient"), 100, 1), show(row.get("equal rewards"), 100, 1),
             show(row.get("minutes"), digits=1)]) + " |")
     seeds = sorted({r["seed"] for r in results if r["training"]})
-    def evaluated(split):  # a study that was cut while seeds were added has several numbers
-        numbers = sorted({evaluation_seeds(r, split) for r in results} - {0})
-        return " or ".join(map(str, numbers))
-
     counts = ", ".join(f"{len(competitions(split))} {SPLITS[split]} competitions with "
                        f"{evaluated(split)} evaluation seeds"
                        for split in dict.fromkeys(row["split"] for row in rows))
@@ -447,7 +447,7 @@ def rollouts_of(results: list[dict]) -> int:
 
 def draw(rows: list[dict], out: Path) -> None:
     """Differences to `full`, medals and groups without gradient, arms downwards; and human rank as
-    the agent goes on, of the first split."""
+    the agent goes on, of the last split."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
@@ -620,10 +620,7 @@ def check_settings(args: argparse.Namespace) -> None:
 
 
 def weights_digest(model: Path) -> str:
-    """Of a model directory: a policy that was taught again is another one to start from.
-
-    A model that is named instead, to be fetched from the hub, is told apart by its name alone.
-    """
+    """Of a model directory: a policy that was taught again is another one to start from."""
     digest = hashlib.sha256()
     for path in sorted(model.glob("*.safetensors")):
         with open(path, "rb") as file:

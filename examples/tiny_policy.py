@@ -600,6 +600,10 @@ def main(argv=None) -> int:
     if out.exists() and not is_replaceable(out):
         parser.error(f"--out {out} is there and is no model directory: give another one")
     with tempfile.TemporaryDirectory() as folder, Sandbox(slots=2, unsafe=args.unsafe) as sandbox:
+        if sandbox.problem:
+            print(f"tiny_policy.py: scripts cannot be isolated here: {sandbox.problem}; --unsafe "
+                  "runs them without isolation", file=sys.stderr)
+            return 3
         worlds = make_worlds(rng, args.worlds, Path(folder))
         examples = make_examples(rng, worlds, args.prompts, args.answers, args.mistakes, sandbox)
         lessons = make_lessons(rng, worlds, 7 * args.lessons, 2 * args.lessons)

@@ -4,6 +4,7 @@ import ast
 import contextlib
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import mini_mlebench as bench
 import numpy as np
@@ -158,6 +159,14 @@ def test_teaching_lowers_the_loss(tmp_path):
     assert tiny.teach(tmp_path, [family] * 60, 1, 3e-3) < 0.5  # it starts at log(300) = 5.7
 
 
+def test_a_machine_without_isolation_is_told_before_anything_is_made(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tiny, "make_worlds", lambda *_: 1 / 0)
+    monkeypatch.setattr(tiny, "Sandbox", lambda **_: contextlib.nullcontext(
+        SimpleNamespace(problem="no Landlock")))
+    assert tiny.main(["--out", str(tmp_path / "policy")]) == 3
+    assert "cannot be isolated here: no Landlock; --unsafe" in capsys.readouterr().err
+
+
 def test_out_is_replaced_last_and_only_by_a_model_that_was_taught(tmp_path, monkeypatch, capsys):
     """`make data` takes a config.json that is there for a policy that was taught."""
     out = tmp_path / "policy"
@@ -168,7 +177,8 @@ def test_out_is_replaced_last_and_only_by_a_model_that_was_taught(tmp_path, monk
 
     examples = [([{"role": "user", "content": "a"}], ["b c", "d"])] * 3
     for name, fake in {"make_worlds": lambda *_: [], "make_examples": lambda *_: examples,
-                       "Sandbox": lambda **_: contextlib.nullcontext()}.items():
+                       "Sandbox": lambda **_: contextlib.nullcontext(
+                           SimpleNamespace(problem=""))}.items():
         monkeypatch.setattr(tiny, name, fake)
     out.mkdir()
     (out / "thesis.txt").write_text("years of work")
