@@ -110,7 +110,8 @@ class Trace:
                 if f.name not in NO_TOKENS}
 
     def to_json(self) -> dict[str, Any]:
-        """Every field as JSON types; `from_json` gives the same trace back, bit by bit."""
+        """Every field as JSON types; `from_json` gives the same trace back, bit by bit but for scores
+        that are not finite."""
         return self.public() | {name: np.asarray(getattr(self, name)).tolist()
                                 for name in NO_TOKENS}
 
@@ -390,8 +391,8 @@ class EvolvingBuffer:
             protected: ids that must stay, such as those of the tasks in flight.
 
         Returns:
-            The tasks admitted, best parent first, and the ids of those evicted.
-            A crossover task comes last.
+            The tasks admitted (valid and failed parents in turn, each the best first; a crossover
+            comes last), and the ids of those evicted.
 
         Raises:
             ValueError: the group is empty, of an unknown competition or with a reward that is not
@@ -546,8 +547,8 @@ class EvolvingBuffer:
 
         Each entry holds `tasks` (held now), `groups`, `traces`, `valid_rate`, `medal_rate`,
         `reward_mean` (over the traces rolled out on such tasks), and `admitted`, `evicted` (tasks)
-        and `merged` (traces that would have opened a task that another trace of their group opens
-        or that the buffer already held).
+        and `merged` (traces whose task another trace of their group opens, were it not for the
+        diversity rule, or that the buffer already held).
         """
         by_operator: dict[str, dict[str, float]] = {}
         by_competition: dict[str, dict[str, float]] = {}

@@ -37,6 +37,7 @@ import asyncio
 import fcntl
 import importlib
 import inspect
+import io
 import json
 import math
 import os
@@ -1226,18 +1227,28 @@ def write_whole(path: Path, text: str) -> None:
     new.replace(path)
 
 
-def lock_record(folder: Path, flag: str = "--out"):
-    """A file whose lock says that this process writes to `folder`, which `flag` has named; the lock
-    ends with the file, or with the process however that ends.
+class RecordLock(io.FileIO):
+    """A file under an exclusive lock that ends when it is closed, or with the process."""
+
+    def __init__(self, path: Path):
+        super().__init__(path, "w")
+        fcntl.flock(self, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def close(self) -> None:
+        if not self.closed:  # said aloud: a child that another thread is starting has it open, too
+            fcntl.flock(self, fcntl.LOCK_UN)
+        super().close()
+
+
+def lock_record(folder: Path, flag: str = "--out") -> RecordLock:
+    """The lock that says that this process writes to `folder`, which `flag` has named.
 
     Raises:
         CompetitionError: another process holds it, or it cannot be made.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / "lock", "w")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return lock
+        return RecordLock(folder / "lock")
     except BlockingIOError:
         raise CompetitionError(f"{flag} {folder}: another program is writing to it; wait for its "
                                "end, or give another folder") from None

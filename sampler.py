@@ -275,7 +275,7 @@ class AdaptiveSampler:
         rewards = np.asarray(rewards, float)
         if rewards.size == 0 or not np.isfinite(rewards.sum()):
             raise ValueError(f"rewards of {task_id} have to be finite numbers: {rewards}")
-        if task_id in self._removed_in_flight and task_id not in self:
+        if task_id in self._removed_in_flight:
             self._removed_in_flight.discard(task_id)
             self.late += 1
             return
@@ -302,7 +302,8 @@ class AdaptiveSampler:
                     hopeless=bool(rewards.max() <= 0 and (old["hopeless"] or not old["visits"])))
 
     def release(self, task_id: str) -> None:
-        """Put a task back without a result: it is drawable as if it had not been drawn.
+        """Put a task back without a result: it is drawable as if it had not been drawn (the draw has
+        aged the others).
 
         A task that is not in flight is left alone.
         """
@@ -528,7 +529,7 @@ def _search(cumulative: np.ndarray, value: float) -> int:
 
 
 class _Rows:
-    """id -> row in 8 to 16 bytes an entry: a hash table (open addressing) that stores rows only.
+    """id -> row in 6 to 16 bytes an entry: a hash table (open addressing) that stores rows only.
 
     The ids themselves stand in the sampler's list; a dict would hold them, and an int object for
     each row, once more (74 bytes an entry).
@@ -561,7 +562,7 @@ class _Rows:
 
     def insert(self, task_id: str, row: int) -> None:
         """`ids[row]` must be the id already, and the id not be in the table."""
-        if 2 * (self.used + 1) > len(self.slots):  # grow, and sweep out what was deleted
+        if 3 * (self.used + 1) > 2 * len(self.slots):  # grow, and sweep out what was deleted
             self._build(1 << (4 * (row + 1)).bit_length() - 1)
             for other in range(row):
                 self.insert(self.ids[other], other)

@@ -677,6 +677,10 @@ class Curriculum:
                 else:
                     self.skipped += 1
                     self.sampler.release(change.task_id)
+                for task_id in change.evicted:  # it was released, by a start that was to be shorter
+                    if self.in_flight.pop(task_id, None) is not None:
+                        self.sampler.release(task_id)
+                        self.give_back()
                 self.follow(change.admitted, change.evicted)
                 # What was in flight and has not come back keeps its old place in the staleness
                 # rule; the place of what came back is free.

@@ -1,11 +1,12 @@
 """A fake engine, sandbox, learner and tokenizer: the whole asynchronous loop in milliseconds. What
-they return is a function of (task, policy version), so that runs can be compared.
+they return is a function of (task, its visits, policy version), so that runs can be compared.
 
     python tests/fakes.py [flags]       # train.py with these fakes in place of the real parts
 
-The environment variable FAKE holds options of the latter as JSON: `execution_seconds` of each script;
-`die`: [role, version], the process that kills itself when it gets to that version, before its
-first restart; role is "rollout" or "learner" and its rank; `show_key`: a file for the queues' key.
+The environment variable FAKE holds options of the latter as JSON: `execution_seconds` of each
+script; `die`: [role, version], the process that kills itself when it gets to that version, before
+its first restart (`deaths`: in so many starts); role is "rollout" or "learner" and its rank;
+`show_key`: a file for the queues' key.
 """
 
 import json

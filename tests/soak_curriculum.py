@@ -62,9 +62,9 @@ class Scripts:
 class MeasuredQueue(queue.Queue):
     longest = 0
 
-    def put(self, item, *arguments, **options):
-        super().put(item, *arguments, **options)
-        self.longest = max(self.longest, self.qsize())
+    def _put(self, item):  # under the queue's lock
+        super()._put(item)
+        self.longest = max(self.longest, self._qsize())
 
 
 def peak_mib() -> float:

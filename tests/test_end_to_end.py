@@ -162,7 +162,9 @@ def wait_until(condition, seconds: float, what: str, log: Path | None = None) ->
 
 
 def rows(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]  # the last is torn, or ""
 
 
 def check_run(run_dir: Path, steps: int) -> None:
@@ -217,7 +219,7 @@ def test_kill_and_resume(world, tmp_path):
     groups = rows(run_dir / "groups.jsonl")
     assert groups[:len(finished)] == finished and len(groups) > len(finished)  # nothing is lost
     assert [g["sequence"] for g in groups] == list(range(1, len(groups) + 1))
-    assert {g["epoch"] for g in groups} == {0, 1}
+    assert {g["epoch"] for g in groups if "traces" in g} == {0, 1}
     versions = [m["policy_version"] for m in rows(run_dir / "metrics.jsonl")]
     assert versions == sorted(versions) and versions[-1] >= saved["version"]
     run.assert_nothing_stays()
@@ -229,7 +231,7 @@ def test_ctrl_c_cleans_up(world, tmp_path):
     # Two steps, so that the first step's checkpoint is complete and another may be under way.
     wait_until(lambda: len(rows(run_dir / "metrics.jsonl")) >= 2, 200, "two steps", log)
     run.process.send_signal(signal.SIGINT)
-    assert run.process.wait(30) == 130
+    assert run.process.wait(60) == 130
     assert "--resume" in log.read_text()
     run.assert_nothing_stays()
 

@@ -132,8 +132,8 @@ def test_a_level_outlives_its_tasks_and_counts_no_late_group():
     level = sampler.prior("a")
     (task,) = [task for task in sampler.draw(2) if task == "a/draft"]
     sampler.remove(task)
-    sampler.update(task, [0.0, 0.0])
-    assert sampler.late == 1 and sampler.prior("a") == level
+    sampler.update(task, [0.0, 0.0], 1.0)
+    assert sampler.late == 1 and sampler.prior("a") == level and sampler.failures == 0.5
 
 
 def test_recency_weighted_mean_and_std():
@@ -392,9 +392,9 @@ def test_bad_arguments(call, message):
 
 
 def test_metrics():
-    sampler = roots(prior_strength=0)
-    with_scores(sampler, a=[0, 1], b=[0, 0], c=[1, 1])
-    assert sampler.metrics() == approx(lp_mean=0.25 / 3, lp_max=0.25)
+    sampler = roots("abcd", prior_strength=0)
+    with_scores(sampler, a=[0, 1], b=[0, 0], c=[1, 1], d=[1, 1])
+    assert sampler.metrics() == approx(lp_mean=0.25 / 4, lp_max=0.25)
     assert AdaptiveSampler().metrics() == approx(lp_mean=0, lp_max=0)
 
 
@@ -422,6 +422,33 @@ def test_three_thousand_tasks_come_and_go():
         sampler.remove(task)
     consistent(sampler)
     assert len(sampler) == 0 and not sampler.sums.any() and sampler.draw() == []
+
+
+def test_draws_reach_every_block():
+    options = dict(prior_strength=0, epsilon=0, cooldown=0)
+    sampler = AdaptiveSampler(**options)
+    for i in range(3_000):
+        sampler.add(f"t{i}", "c", "improve")
+        sampler.update(f"t{i}", [1.0, 1.0])
+    for i in (1_500, 2_500):
+        sampler.update(f"t{i}", [0.0, 1.0])
+    copy = restored(sampler, **options)
+    consistent(copy)
+    assert set(sampler.draw(2)) == set(copy.draw(2)) == {"t1500", "t2500"}
+
+
+def test_the_table_of_ids_is_rarely_built_anew(monkeypatch):
+    """Just below a power of two as well, where the default capacity keeps the buffer."""
+    sampler, built = AdaptiveSampler(), []
+    for i in range(4_095):
+        sampler.add(f"t{i}", "c", "improve")
+    build = sampler.rows._build
+    monkeypatch.setattr(sampler.rows, "_build", lambda size: (built.append(size), build(size)))
+    for i in range(300):
+        sampler.remove(f"t{i}")
+        sampler.add(f"u{i}", "c", "improve")
+    assert len(built) <= 2
+    consistent(sampler)
 
 
 # ---- snapshot

@@ -5,6 +5,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -281,6 +282,20 @@ def test_two_studies_do_not_share_a_directory(folders, tmp_path, programs, capsy
     with study.lock_record(tmp_path):
         assert study.main(arguments(folders, tmp_path)) == 2
     assert "another program is writing to it" in capsys.readouterr().err and not programs.calls
+
+
+def test_a_lock_ends_with_its_owner_though_a_child_that_is_being_started_has_it_open(tmp_path):
+    lock = study.lock_record(tmp_path)
+    wait, go = os.pipe()
+    if not (child := os.fork()):  # another thread's, before it closes what it must not keep
+        os.read(wait, 1)
+        os._exit(0)
+    try:
+        lock.close()
+        study.lock_record(tmp_path).close()
+    finally:
+        os.write(go, b"x")
+        os.waitpid(child, 0)
 
 
 def test_a_plain_call_keeps_the_held_out_rows_and_a_copy_is_no_seed(folders, tmp_path, programs):

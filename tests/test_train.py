@@ -310,6 +310,28 @@ def test_replay_counts_a_task_that_was_taken_out(tmp_path):
     assert resumed.sampler.state_dict() == live.sampler.state_dict()
 
 
+def test_replay_after_a_shorter_resume_that_evicted_what_it_had_released(tmp_path):
+    config = make_config(max_staleness=0, steps=6)
+    _, live = run_async(config, threads=1, tmp_path=tmp_path)
+    gone = next(task for task in live.buffer.tasks.values() if task.depth)
+    live.in_flight[gone.id] = live.sampler.in_flight[gone.id] = 0
+    state = json.loads(json.dumps(live.state_dict()))
+    live.buffer.capacity = len(live.buffer)  # the next admission evicts the one with the lowest score
+    root = live.buffer.roots()[0]
+    trace = Trace("t", root.id, root.competition_id, "draft", code="new", code_key="new", valid=True,
+                  status="ok", base_reward=0.5, reward=0.5)
+    admitted, evicted = live.buffer.add(Group(root, [trace]), lambda name: name != gone.id)
+    assert (len(admitted), evicted) == (1, [gone.id])
+    resumed = make_curriculum(config, tmp_path)
+    resumed.load_state_dict(state)
+    resumed.replay()
+    assert gone.id not in resumed.in_flight and gone.id not in resumed.sampler
+    assert resumed.handed == state["handed"] - 1
+    resumed.start()  # does not ask for it
+    resumed.results.put(None)
+    resumed.sampler.add(gone.id, gone.competition_id, gone.operator)  # it may come back
+
+
 def test_in_flight_tasks_are_handed_out_again():
     config = make_config()
     curriculum = make_curriculum(config)
