@@ -110,8 +110,8 @@ class Trace:
                 if f.name not in NO_TOKENS}
 
     def to_json(self) -> dict[str, Any]:
-        """Every field as JSON types; `from_json` gives the same trace back, bit by bit but for scores
-        that are not finite."""
+        """Every field as JSON types; `from_json` gives the same trace back, bit by bit (but for
+        scores that are not finite)."""
         return self.public() | {name: np.asarray(getattr(self, name)).tolist()
                                 for name in NO_TOKENS}
 

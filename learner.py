@@ -782,8 +782,8 @@ class Learner:
     # --------------------------------------------------------------------------- checkpoint
 
     def save(self, directory: str | os.PathLike) -> None:
-        """Write a sharded checkpoint: weights, optimizer, version. A step draws no random numbers.
-        Collective.
+        """Write a sharded checkpoint: weights, optimizer, version (no RNG state: a step draws no
+        random numbers). Collective.
 
         It loads at any number of ranks. The schedule is a function of the version. Raises OSError
         on every rank when one cannot write (disk full)."""

@@ -7,8 +7,10 @@ the G scripts, grade what they submit. A file in the order in which a trace live
 2. code extraction  `extract_code(response)`: the Python block of a response, or why there is none
 3. engine           `Engine`: vLLM's AsyncLLM on an event loop in a thread of its own
 4. rollout          `rollout(request)`: one group, start to end; `RolloutWorker`: the threads
-5. agent            `run_agent(...)`: a greedy tree search over the same operators; its report and
-                    command line
+5. agent            `run_agent(...)`: a greedy tree search over the same operators
+6. report           of an evaluation: report.json, submissions.jsonl, a table
+7. shared           locks, YAML settings, the guard: what train.py uses, too
+8. command          `main(argv)`
 
 What is whose:
 [paper] steps (draft, improve, debug) rather than whole trajectories; rollouts run asynchronously
@@ -1232,10 +1234,12 @@ class RecordLock(io.FileIO):
 
     def __init__(self, path: Path):
         super().__init__(path, "w")
+        self.owner = os.getpid()
         fcntl.flock(self, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def close(self) -> None:
-        if not self.closed:  # said aloud: a child that another thread is starting has it open, too
+        # Said aloud: a child that another thread is just starting has the file open, too.
+        if not self.closed and os.getpid() == self.owner:
             fcntl.flock(self, fcntl.LOCK_UN)
         super().close()
 

@@ -302,8 +302,8 @@ class AdaptiveSampler:
                     hopeless=bool(rewards.max() <= 0 and (old["hopeless"] or not old["visits"])))
 
     def release(self, task_id: str) -> None:
-        """Put a task back without a result: it is drawable as if it had not been drawn (the draw has
-        aged the others).
+        """Put a task back without a result: it is drawable as if it had not been drawn (but the
+        others have aged by that draw).
 
         A task that is not in flight is left alone.
         """

@@ -1110,8 +1110,7 @@ def _nanny(setup: Setup, channel: socket.socket) -> None:
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     request, (code,) = _receive(channel)
     request["code"] = code.decode("utf-8", "replace")
-    drop = setup.uid_base and request["readable"]
-    request["uid"] = setup.uid_base + request["slot"] if drop else 0
+    request["uid"] = setup.uid_base + request["slot"] if request["readable"] else 0
     os.environ["CUDA_VISIBLE_DEVICES"] = request["gpu"]
     work = os.path.join(setup.root, str(os.getpid()))
     os.mkdir(work, 0o700)
@@ -1251,16 +1250,19 @@ def _disk_usage(work: str) -> tuple[int, int]:
 
 
 def _unlinked_usage(worker: int, uid: int, work: str) -> int:
-    """Bytes of files that were unlinked and are still open; no end of them where one was closed as
-    well and is only mapped into memory, for its size cannot be seen."""
+    """Bytes of files that were unlinked and are still open; unlimited where one is only mapped into
+    memory, its descriptor closed: its size cannot be seen."""
+    def mapped() -> set[int]:  # inodes
+        with open(f"/proc/{worker}/maps", "rb") as maps:
+            return {int(line.split()[4]) for line in maps
+                    if work.encode() in line and line.endswith(b" (deleted)\n")}
+
     size = 0
     try:
         if uid:  # /proc lets only the same user look
             os.setegid(uid)
             os.seteuid(uid)
-        with open(f"/proc/{worker}/maps", "rb") as maps:  # before the descriptors: it outlives them
-            mapped = {int(line.split()[4]) for line in maps
-                      if work.encode() in line and line.endswith(b" (deleted)\n")}
+        hidden = mapped()
         for name in os.listdir(f"/proc/{worker}/fd"):
             try:
                 facts = os.stat(f"/proc/{worker}/fd/{name}")
@@ -1268,8 +1270,8 @@ def _unlinked_usage(worker: int, uid: int, work: str) -> int:
                 continue
             if stat.S_ISREG(facts.st_mode) and facts.st_nlink == 0:
                 size += facts.st_blocks * 512
-                mapped.discard(facts.st_ino)
-        if mapped:
+                hidden.discard(facts.st_ino)
+        if hidden and hidden & mapped():  # not one that was closed and unmapped meanwhile
             size = sys.maxsize
     except OSError:
         pass
@@ -1549,9 +1551,12 @@ def _can_drop_to(uid: int, root: str, canary: str) -> bool:
 @functools.cache  # public data do not change
 def _readable_by_others(directory: Path) -> bool:
     """May an unrelated uid read this directory and all that is below it?"""
-    open_path = all(parent.stat().st_mode & 0o001 for parent in directory.parents)
-    modes = (path.stat().st_mode for path in (directory, *directory.rglob("*")))
-    return open_path and all(m & 0o004 and (m & 0o001 or not stat.S_ISDIR(m)) for m in modes)
+    def open_to_all(path: Path) -> bool:
+        mode = path.lstat().st_mode  # a link's own, which says yes: scripts cannot follow it out
+        return bool(mode & 0o004 and (mode & 0o001 or not stat.S_ISDIR(mode)))
+
+    return all(parent.stat().st_mode & 0o001 for parent in directory.parents) and all(
+        map(open_to_all, itertools.chain([directory], directory.rglob("*"))))
 
 
 # -- The owner's side: a pool that rollout threads share ------------------------------------------
@@ -1744,7 +1749,7 @@ class Sandbox:
             "slot": slot, "timeout": timeout, "seed": int.from_bytes(digest[:4], "big"),
             "cpu_seconds": self.cpu_seconds or timeout * self.threads,
             "public": str(public := competition.public_dir.resolve()),
-            "readable": _readable_by_others(public),
+            "readable": bool(self.hello["uid_base"]) and _readable_by_others(public),
             "submission_bytes": competition._sample.max_bytes,
             "gpu": self.gpus[slot] if self.gpus else "", **self._limits,
         }
@@ -1799,7 +1804,7 @@ class Sandbox:
             return "refused", f"isolation failed: {facts['said'] or 'the worker died in set-up'}"
         if killed in ("lost", "orphaned"):
             if self.problem:  # it was closed, or does not start again: no fault of the script's
-                return "refused", f"the run was cut short: {self.problem}"
+                return "refused", f"the run was not completed: {self.problem}"
             return "error", "the sandbox process was killed in the middle of the run"
         if killed == "timeout":
             return "timeout", f"stopped at the wall-clock limit after {facts['seconds']:.1f} s"
@@ -1809,7 +1814,8 @@ class Sandbox:
             return "memory", f"stopped at the memory limit of {limits['memory_mb']} MB"
         if killed:
             what = {
-                "threads": f"{limits['max_threads']} threads", "files": f"{MAX_FILES} files",
+                "threads": f"{limits['max_threads']} threads",
+                "files": f"{MAX_FILES} files, {MAX_DEPTH} levels of directories that can be listed",
                 "disk": f"{limits['disk_mb']} MB of disk",
             }[killed]
             return "error", f"stopped at the limit of {what}"
@@ -1846,6 +1852,7 @@ class Sandbox:
                     self.problem = "the fork server does not start (its message is on stderr)"
                 self._changed.notify_all()
             if not control:
+                time.sleep(1)  # what the machine lacks may come back
                 continue
             with contextlib.suppress(ConnectionResetError):
                 control.recv(1)  # it never speaks again: this waits for its end
@@ -1869,11 +1876,11 @@ class Sandbox:
         }
         if "LD_LIBRARY_PATH" in os.environ:
             environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         # -P -s and the bare environment do what -I would, which ignores PYTHONHASHSEED.
         command = [sys.executable, "-P", "-s", "-B", os.path.abspath(__file__), "serve"]
-        process = None
+        ours = process = None
         try:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             with theirs:
                 process = self._process = subprocess.Popen(
                     [*command, str(theirs.fileno())], pass_fds=[theirs.fileno()], env=environment,
@@ -1884,8 +1891,9 @@ class Sandbox:
             self.hello = json.loads(ours.recv(1 << 20))
             return ours
         except (OSError, ValueError) as error:
-            ours.close()
-            if process:
+            if ours:
+                ours.close()
+            if process:  # it has said what is wrong
                 process.wait()
             else:
                 print(f"sandbox: the fork server does not start: {error}", file=sys.stderr)

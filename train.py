@@ -212,6 +212,7 @@ PRESETS = {
     "ace30b": SMALL | dict(model="Qwen/Qwen3-30B-A3B", learner_ranks=16, tensor_parallel=2),
 }
 
+
 def parse_config(argv: list[str] | None = None) -> tuple[Config, argparse.Namespace]:
     """Command line -> (Config, arguments that are not part of it: resume, dry_run).
 
@@ -677,7 +678,8 @@ class Curriculum:
                 else:
                     self.skipped += 1
                     self.sampler.release(change.task_id)
-                for task_id in change.evicted:  # it was released, by a start that was to be shorter
+                for task_id in change.evicted:
+                    # In flight and evicted: a resume with fewer steps had released it.
                     if self.in_flight.pop(task_id, None) is not None:
                         self.sampler.release(task_id)
                         self.give_back()
@@ -1503,8 +1505,8 @@ def join_world(config: Config) -> Place:
         die_with_parent()
         exit_on_sigterm()
         timeout = timedelta(seconds=config.collective_timeout)
-        # A slow start, such as a download, is no collective operation: its time is not counted.
-        store, _, _ = next(rendezvous("env://", timeout=timedelta(days=1)))
+        # A slow start, such as a download, is no collective operation, and may take longer.
+        store, _, _ = next(rendezvous("env://", timeout=max(timeout, timedelta(hours=3))))
         if one_node:
             # torchrun keeps one store for all its restarts, full of the addresses of dead ranks
             # (pytorch #135712). Agents of several nodes count their restarts apart: there, start
@@ -1578,17 +1580,20 @@ def train(config: Config, resume: bool) -> None:
         else:  # its GPU belongs to another rank's engine: wait for the end
             connect_queues(place.address, place.key)(f"weights/{place.rank}").get()
     else:
-        from learner import Learner
+        from transformers import AutoConfig
 
+        from learner import Learner, check_supported
+
+        try:
+            check_supported(AutoConfig.from_pretrained(model))
+        except NotImplementedError as error:
+            raise UserError(f"--model {config.model}: {error}")
         torch.manual_seed(config.seed)
         if not torch.cuda.is_available():
             torch.set_num_threads(config.learner_threads)
         else:
             torch.cuda.set_device(place.local_rank)
-        try:
-            learner = Learner(model, learner_config(config), group=place.group)
-        except NotImplementedError as error:
-            raise UserError(f"--model {config.model}: {error}")
+        learner = Learner(model, learner_config(config), group=place.group)
         if place.rank > 0:
             orders = connect_queues(place.address, place.key)(f"learner/{place.rank}")
             learner_follow(learner, orders)

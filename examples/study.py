@@ -12,7 +12,8 @@ as an agent by rollout.py: one engine start a policy, all competitions and evalu
 
     OUT/study.json           the settings; a later call must agree with them once there are results,
                              except for more arms, seeds, evaluation seeds, and --final
-    OUT/<arm>-<seed>/        train.py's run directory, the evaluation's reports, and
+    OUT/<arm>-<seed>/        train.py's run directory,
+                report-runs  the agents' records; report.json is that of the last evaluation
                 result.json  all that the table needs of this run; once complete, it is skipped
     OUT/<arm>-<seed>.log     what train.py and rollout.py printed
     OUT/table.md, study.png  the table is written anew after every run, the picture at the end
@@ -168,7 +169,7 @@ def equal_rewards(log: Path) -> float:
 def evaluate(arm: str, model: Path, splits: list[str], seeds: int, folder: Path,
              args: argparse.Namespace) -> dict[str, list[dict]]:
     """The agent's runs on these splits, in one engine start: {split: rows of report.json}. Those
-    that an earlier call has made, of other splits or fewer seeds, stay as they are."""
+    on record, of earlier calls with other splits or fewer seeds, are not made again."""
     out = folder / "report.json"
     call([ROOT / "rollout.py", "--model", model, "--out", out,
           "--competitions", competition_folder(args, splits), "--allow-overlap",
@@ -607,6 +608,7 @@ def check_settings(args: argparse.Namespace) -> None:
     settings |= {f"train.py's {name}": value for name, value in asdict(args.config).items()
                  if name not in PLACES + SET}
     begun = read_json(path, "its runs cannot be told from others now: give another --out") or {}
+    begun.pop("eval_seeds", None)  # of a study that was begun when they were fixed
     if not shown:  # nothing has come of it yet
         begun = {}
     elif not begun:

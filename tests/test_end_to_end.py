@@ -164,7 +164,8 @@ def wait_until(condition, seconds: float, what: str, log: Path | None = None) ->
 def rows(path: Path) -> list[dict]:
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]  # the last is torn, or ""
+    # What follows the last newline is torn, or nothing.
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
 
 
 def check_run(run_dir: Path, steps: int) -> None:

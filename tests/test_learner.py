@@ -499,6 +499,21 @@ def test_a_loaded_learner_goes_on_bit_for_bit(models, tmp_path):
     assert all(torch.equal(expected[n], p) for n, p in parameters(again).items())
 
 
+def test_a_checkpoint_that_holds_more_is_loaded(models, tmp_path, monkeypatch):
+    """Those of earlier versions had the random numbers' state of every rank."""
+    learner = L.Learner(models["qwen3"], make_config(), device="cpu")
+    learner.step(make_sequences())
+    state = learner._state() | {"rng.0": torch.get_rng_state()}
+    with monkeypatch.context() as patch:
+        patch.setattr(learner, "_state", lambda: state)
+        learner.save(tmp_path / "checkpoint")
+    again = L.Learner(models["qwen3"], make_config(), device="cpu")
+    again.load(tmp_path / "checkpoint")
+    expected = parameters(learner)
+    assert again.version == 1
+    assert all(torch.equal(expected[n], p) for n, p in parameters(again).items())
+
+
 def test_a_full_disk_is_an_os_error(models, tmp_path):
     learner = L.Learner(models["qwen3"], make_config(), device="cpu")
     old = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -747,6 +747,20 @@ def test_nothing_passes_from_run_to_run(shared):
     assert run.stdout_tail.endswith("False False\n") and run.status == "no_submission"
 
 
+def test_which_public_data_another_uid_may_read(tmp_path):
+    top = Path(os.path.realpath(tmp_path))
+    closed = any(not parent.stat().st_mode & 0o001 for parent in top.parents)
+    for name, mode, readable in (("open", 0o644, True), ("closed", 0o600, False)):
+        folder = tmp_path / name / "train"
+        folder.mkdir(parents=True)
+        (folder / "image").touch(mode)
+        (folder / "image").chmod(mode)
+        (folder / "link").symlink_to("/nowhere")  # no script can follow it
+        for path in (tmp_path, tmp_path / name, folder):
+            path.chmod(0o755)
+        assert module._readable_by_others(tmp_path / name) == (readable and not closed)
+
+
 def test_refusals(competition, tmp_path):
     with Sandbox(1, layers=("landlock",), **LIGHT) as sandbox:
         run = sandbox.run(competition, GOOD)
@@ -1089,7 +1103,7 @@ def test_closing_in_the_middle(competition):
         sandbox.close()
         run = future.result(timeout=60)  # no fault of the script's
         assert (run.status, run.reason) == (
-            "refused", "the run was cut short: the sandbox is closed")
+            "refused", "the run was not completed: the sandbox is closed")
         assert not alive(tree)
 
 
@@ -1108,11 +1122,12 @@ def test_a_server_that_never_starts_is_a_problem_not_a_hang(competition, tmp_pat
     assert sandbox.run(competition, GOOD).status == "refused"
 
 
-def test_a_machine_that_starts_no_more_processes_is_a_problem_not_a_hang(monkeypatch, capfd):
+@pytest.mark.parametrize("lacking", ["subprocess.Popen", "socket.socketpair"])
+def test_a_full_machine_is_a_problem_not_a_hang(monkeypatch, capfd, lacking):
     def full(*_, **__):
         raise BlockingIOError(11, "Resource temporarily unavailable")
 
-    monkeypatch.setattr("sandbox.subprocess.Popen", full)
+    monkeypatch.setattr(f"sandbox.{lacking}", full)
     assert "does not start" in Sandbox(1).problem
     assert "Resource temporarily unavailable" in capfd.readouterr().err
 

@@ -316,10 +316,10 @@ def test_replay_after_a_shorter_resume_that_evicted_what_it_had_released(tmp_pat
     gone = next(task for task in live.buffer.tasks.values() if task.depth)
     live.in_flight[gone.id] = live.sampler.in_flight[gone.id] = 0
     state = json.loads(json.dumps(live.state_dict()))
-    live.buffer.capacity = len(live.buffer)  # the next admission evicts the one with the lowest score
+    live.buffer.capacity = len(live.buffer)  # the next admission evicts the one of lowest score
     root = live.buffer.roots()[0]
-    trace = Trace("t", root.id, root.competition_id, "draft", code="new", code_key="new", valid=True,
-                  status="ok", base_reward=0.5, reward=0.5)
+    trace = Trace("t", root.id, root.competition_id, "draft", code="new", code_key="new",
+                  valid=True, status="ok", base_reward=0.5, reward=0.5)
     admitted, evicted = live.buffer.add(Group(root, [trace]), lambda name: name != gone.id)
     assert (len(admitted), evicted) == (1, [gone.id])
     resumed = make_curriculum(config, tmp_path)
