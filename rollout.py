@@ -1461,8 +1461,9 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-# Flags that change how fast an evaluation is, or how far it goes, but no run of it.
-FREE = ("config out parallel slots sandbox_gpus reuse_mb seeds competitions data_dir "
+# Flags that change how fast an evaluation is, how far it goes, or where things are, but no run of
+# it.
+FREE = ("config out model parallel slots sandbox_gpus reuse_mb seeds competitions data_dir "
         "allow_overlap max_num_seqs").split()
 
 
@@ -1516,7 +1517,7 @@ def settings_of(args: argparse.Namespace) -> dict:
     weights = [(p.name, p.stat().st_size, p.stat().st_mtime_ns)
                for p in sorted(model.glob("*.safetensors"))]
     return {k: v for k, v in vars(args).items() if k not in FREE} | {
-        "model": str(model), "weights": weights}
+        "weights": weights or str(model)}
 
 
 def check_settings(folder: Path, settings: dict) -> None:

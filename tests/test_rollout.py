@@ -674,6 +674,24 @@ def test_a_record_is_not_mixed_with_other_settings(tmp_path):
         check_settings(tmp_path / "runs", {"steps": 30, "weights": [("a", 1, 2)]})
 
 
+def test_a_run_that_was_moved_is_evaluated_on_and_other_weights_are_not(tmp_path):
+    def settings(home, *more):
+        return rollout.settings_of(rollout.parse_arguments(
+            ["--model", str(home / "policy"), "--competitions", "lite", *more]))
+
+    home = tmp_path / "here"
+    (home / "policy").mkdir(parents=True)
+    (home / "runs").mkdir()
+    weights = home / "policy/model.safetensors"
+    weights.write_text("a")
+    check_settings(home / "runs", settings(home))
+    home = home.rename(tmp_path / "there")
+    check_settings(home / "runs", settings(home, "--seeds", "20", "--max-num-seqs", "7"))
+    (home / "policy/model.safetensors").write_text("b c")
+    with pytest.raises(CompetitionError, match="with weights .* give another --out"):
+        check_settings(home / "runs", settings(home))
+
+
 def test_standard_error_over_seeds_has_ddof_1():
     def row(seed, medal):
         return {"seed": seed, "valid": True, "medal": medal, "above_median": False, "human_rank": 0.5,
