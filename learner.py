@@ -378,8 +378,8 @@ def block_causal_attention(
         (1, T, heads, D) and None for the attention weights, as transformers expects.
     """
     if softcap is not None or s_aux is not None:
-        raise NotImplementedError(f"{type(module).__name__} needs soft-capped logits or attention "
-                                  "sinks, which block-causal attention does not compute")
+        raise UnsupportedModel(f"{type(module).__name__} needs soft-capped logits or attention "
+                               "sinks, which block-causal attention does not compute")
     if query.is_cuda and torch.is_autocast_enabled("cuda"):  # a norm or RoPE has ended in float32
         query, key, value = (x.to(torch.get_autocast_dtype("cuda")) for x in (query, key, value))
     half = query.dtype in (torch.bfloat16, torch.float16)
@@ -468,18 +468,22 @@ class Policy(nn.Module):
             hidden, head, batch.targets, self.temperature if temperature is None else temperature)
 
 
+class UnsupportedModel(NotImplementedError):
+    """A model that the learner would compute wrongly; one line."""
+
+
 def check_supported(config) -> None:
     """Refuse, before any weight is read, what packing would compute wrongly in silence."""
     name = config.model_type
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if not kinds <= {"full_attention", "sliding_attention"}:
-        raise NotImplementedError(
+        raise UnsupportedModel(
             f"{name} has layers of type {sorted(kinds)}: a recurrent or chunked layer would carry "
             "state from one packed sequence into the next")
     for option in ("attn_logit_softcapping", "final_logit_softcapping",
                    "use_bidirectional_attention"):
         if getattr(config, option, None):
-            raise NotImplementedError(f"{name} sets {option}, which the learner does not compute")
+            raise UnsupportedModel(f"{name} sets {option}, which the learner does not compute")
 
 
 def load_policy(
@@ -499,7 +503,7 @@ def load_policy(
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(hf_config, **options)
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
-        raise NotImplementedError(f"{hf_config.model_type}: an output head with a bias")
+        raise UnsupportedModel(f"{hf_config.model_type}: an output head with a bias")
     model.tie_weights()
     model.train()
     if config.activation_checkpointing:
@@ -567,7 +571,7 @@ class Learner:
         version: optimizer steps done; a skipped step does not count, its weights are the old ones.
 
     Raises:
-        NotImplementedError: for a model family that packing would compute wrongly.
+        UnsupportedModel: a model family that packing would compute wrongly.
     """
 
     def __init__(

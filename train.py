@@ -1580,20 +1580,17 @@ def train(config: Config, resume: bool) -> None:
         else:  # its GPU belongs to another rank's engine: wait for the end
             connect_queues(place.address, place.key)(f"weights/{place.rank}").get()
     else:
-        from transformers import AutoConfig
+        from learner import Learner, UnsupportedModel
 
-        from learner import Learner, check_supported
-
-        try:
-            check_supported(AutoConfig.from_pretrained(model))
-        except NotImplementedError as error:
-            raise UserError(f"--model {config.model}: {error}")
         torch.manual_seed(config.seed)
         if not torch.cuda.is_available():
             torch.set_num_threads(config.learner_threads)
         else:
             torch.cuda.set_device(place.local_rank)
-        learner = Learner(model, learner_config(config), group=place.group)
+        try:
+            learner = Learner(model, learner_config(config), group=place.group)
+        except UnsupportedModel as error:
+            raise UserError(f"--model {config.model}: {error}")
         if place.rank > 0:
             orders = connect_queues(place.address, place.key)(f"learner/{place.rank}")
             learner_follow(learner, orders)
@@ -1714,7 +1711,7 @@ def print_plan(config: Config) -> None:
     import torch
     from transformers import AutoConfig
 
-    from learner import memory_plan
+    from learner import UnsupportedModel, memory_plan
 
     world, local = planned_world(config.preset)
     if torch.cuda.is_available():
@@ -1756,7 +1753,7 @@ def print_plan(config: Config) -> None:
         show("a learner rank:", plan)
         engine = engine_plan(model, engine_config(config), plan["parameter_count"], memory)
         show("a rank of an engine:", engine)
-    except (ValueError, NotImplementedError) as error:
+    except (ValueError, UnsupportedModel) as error:
         raise UserError(f"--dry-run: {error}")
     # A version is published in the dtype of the model's files.
     version = plan["parameter_count"] * (model.dtype or torch.float32).itemsize

@@ -187,7 +187,7 @@ def fake_modules(learner=FakeLearner) -> dict[str, types.ModuleType]:
     """For sys.modules: what train.py imports late, because it takes seconds."""
     fakes = {"transformers": dict(AutoTokenizer=FakeTokenizer),
              "learner": dict(Learner=learner, LearnerConfig=SimpleNamespace,
-                             Sequence=SimpleNamespace)}
+                             UnsupportedModel=NotImplementedError, Sequence=SimpleNamespace)}
     modules = {name: types.ModuleType(name) for name in fakes}
     for name, contents in fakes.items():
         vars(modules[name]).update(contents)
