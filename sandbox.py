@@ -1763,8 +1763,8 @@ class Sandbox:
                 ours.settimeout(timeout + KILL_SECONDS + 60)
                 _send(ours, request, data)
                 return _receive(ours)
-            except (OSError, EOFError):
-                return {"killed": "lost"}, []
+            except (OSError, EOFError) as error:
+                return {"killed": "lost", "said": _one_line(error)}, []
 
     def _hand_over(self, channel: socket.socket) -> None:
         """Give the fork server its end of a run's socket; wait for a successor when it has died."""
@@ -1805,7 +1805,8 @@ class Sandbox:
         if killed in ("lost", "orphaned"):
             if self.problem:  # it was closed, or does not start again: no fault of the script's
                 return "refused", f"the run was not completed: {self.problem}"
-            return "error", "the sandbox process was killed in the middle of the run"
+            what = "the sandbox process was killed in the middle of the run"
+            return "error", f"{what} {facts['said']}".strip() if killed == "lost" else what
         if killed == "timeout":
             return "timeout", f"stopped at the wall-clock limit after {facts['seconds']:.1f} s"
         if killed == "cpu":
@@ -1852,7 +1853,8 @@ class Sandbox:
                     self.problem = "the fork server does not start (its message is on stderr)"
                 self._changed.notify_all()
             if not control:
-                time.sleep(1)  # what the machine lacks may come back
+                with self._changed:  # what the machine lacks may come back within a second
+                    self._changed.wait_for(lambda: self.problem, 1)
                 continue
             with contextlib.suppress(ConnectionResetError):
                 control.recv(1)  # it never speaks again: this waits for its end

@@ -4,12 +4,14 @@ import dataclasses
 import json
 import os
 import queue
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -515,6 +517,29 @@ def test_an_engine_stays_on_one_node():
         train.validate(config, world_size=24, node_size=8)
     train.validate(config, world_size=24)
     train.validate(make_config(learner_ranks=6, tensor_parallel=2), world_size=24, node_size=8)
+
+
+def test_a_slow_start_is_no_collective_operation():
+    """The second rank comes later than --collective-timeout allows."""
+    program = ("import sys, time, train; time.sleep(float(sys.argv[1])); "
+               "import torch.distributed as dist; "
+               "train.join_world(train.Config(learner_ranks=1, collective_timeout=2.0)); "
+               "dist.barrier()")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    ranks = [subprocess.Popen(
+        [sys.executable, "-c", program, delay], cwd=Path(train.__file__).parent, text=True,
+        stderr=subprocess.PIPE, env=os.environ | {
+            "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
+        for rank, delay in (("0", "0"), ("1", "6"))]
+    try:
+        errors = [process.communicate(timeout=120)[1] for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    assert [process.returncode for process in ranks] == [0, 0], errors
 
 
 @pytest.mark.parametrize("arguments, status", [
