@@ -20,8 +20,9 @@ do not describe the sandbox, so nearly everything here is our choice:
            a script must not fail for its neighbours' work.
 6. [ours]  Runs are reproducible: seeds derive from the code, so equal scripts score equally, and
            a policy that has learnt repeats itself: with `reuse_mb` a script that has been run on
-           the competition is not run again. Python's warnings are off by default (a script may
-           switch them on).
+           the competition is not run again. (Not so for a script that takes its randomness from
+           the clock or the system.) Python's warnings are off by default; a script may switch
+           them on.
 
     owner (trainer) -- control socket --> fork server -- fork --> nanny -- fork --> worker
     holds the answers,                    has the libraries,      one per run:      the script:
@@ -1022,11 +1023,9 @@ def _prove(setup: Setup) -> None:
 def _become_script(code: str, seed: int) -> int:
     """Run the code as __main__ and return its exit code; tracebacks show its own frames only."""
     here = os.getcwd()
-    os.mkdir("tmp")
     names = "TMPDIR", "MPLCONFIGDIR", "XDG_CACHE_HOME", "NUMBA_CACHE_DIR"
     os.environ.update(HOME=here, **dict.fromkeys(names, f"{here}/tmp"))
     tempfile.tempdir = None  # the fork server's choice, if a module made one
-    Path("script.py").write_text(code, encoding="utf-8")
     random.seed(seed)  # a fork inherits the generators: unseeded, every run would draw the same
     np.random.seed(seed)
     if "torch" in sys.modules:
@@ -1112,38 +1111,50 @@ def _nanny(setup: Setup, channel: socket.socket) -> None:
     request["code"] = code.decode("utf-8", "replace")
     request["uid"] = setup.uid_base + request["slot"] if request["readable"] else 0
     os.environ["CUDA_VISIBLE_DEVICES"] = request["gpu"]
-    work = os.path.join(setup.root, str(os.getpid()))
-    os.mkdir(work, 0o700)
-    directory = os.open(work, os.O_RDONLY | os.O_DIRECTORY)  # to collect from, come what may
+    nanny = os.getpid()
+    work = os.path.join(setup.root, str(nanny))
+
+    def orphaned() -> bool:
+        return bool(stopping) or os.getppid() != server
+
     try:
-        os.symlink(request["public"], "input", dir_fd=directory)
-        if request["uid"]:
-            os.chown(work, request["uid"], request["uid"])
-
-        def orphaned() -> bool:
-            return bool(stopping) or os.getppid() != server
-
-        _send(channel, *_watch(setup, request, work, directory, channel, orphaned))
+        try:
+            os.mkdir(work, 0o700)
+            directory = os.open(work, os.O_RDONLY | os.O_DIRECTORY)  # ours, whatever becomes of it
+            Path(work, "script.py").write_text(request["code"], encoding="utf-8")
+            Path(work, "tmp").mkdir()
+            Path(work, "input").symlink_to(request["public"])
+            if request["uid"]:
+                for name in ("", "tmp", "script.py"):
+                    os.chown(os.path.join(work, name), request["uid"], request["uid"])
+            pipes = [os.pipe() for _ in range(3)]
+            worker = os.fork()
+        except OSError as error:  # no room, no process: not the script's doing
+            _send(channel, _not_started(error))
+            return
+        if worker == 0:
+            _worker(setup, request, work, nanny, [write for _, write in pipes])
+        for _, write in pipes:
+            os.close(write)
+        reads = [read for read, _ in pipes]
+        _send(channel, *_watch(request, worker, reads, work, directory, channel, orphaned))
     except ConnectionError:
         pass  # the owner is gone
     finally:
         _kill_children([])
-        os.close(directory)
         remove_tree(work)
 
 
+def _not_started(error: OSError) -> dict:
+    return {"killed": "refused", "said": f"{type(error).__name__}: {_one_line(error)}"}
+
+
 def _watch(
-    setup: Setup, request: dict, work: str, directory: int, channel: socket.socket,
-    orphaned: Callable[[], bool],
+    request: dict, worker: int, pipes: list[int], work: str, directory: int,
+    channel: socket.socket, orphaned: Callable[[], bool],
 ) -> tuple[dict, bytes, bytes, bytes]:
-    """Run the worker to its end. Returns (facts, stdout, stderr, submission)."""
-    nanny, pipes = os.getpid(), [os.pipe() for _ in range(3)]
-    worker = os.fork()
-    if worker == 0:
-        _worker(setup, request, work, nanny, [write for _, write in pipes])
-    for _, write in pipes:
-        os.close(write)
-    stdout, stderr, ready = (read for read, _ in pipes)
+    """See the worker to its end. Returns (facts, stdout, stderr, submission)."""
+    stdout, stderr, ready = pipes
     pidfd = os.pidfd_open(worker)
     said = os.read(ready, 4096) if select.select([ready], [], [], 60)[0] else b"no sign of life"
     killed = "" if said == b"ok" else "refused"
@@ -1152,7 +1163,7 @@ def _watch(
     for descriptor in (stdout, stderr, pidfd):
         poll.register(descriptor, select.POLLIN)
     poll.register(channel, select.POLLIN | select.POLLRDHUP)
-    inherited = _process_facts(nanny)["memory"]  # shared with the worker, not the script's doing
+    inherited = _process_facts(os.getpid())["memory"]  # shared with the worker: not the script's
     start = time.monotonic()
     deadline, next_look = start + request["timeout"], start + POLL_SECONDS
     while not killed:
@@ -1171,7 +1182,7 @@ def _watch(
         elif now >= deadline:
             killed = "timeout"
         elif now >= next_look:
-            killed = _broken_limit(request, worker, work, inherited)
+            killed = _broken_limit(request, worker, work, directory, inherited)
             next_look = time.monotonic() + POLL_SECONDS
     seconds = time.monotonic() - start
     status, usage = _kill_children([worker]).get(worker, (None, None))
@@ -1206,8 +1217,15 @@ def _process_facts(pid: int) -> dict:
     return {"parent": int(fields[1]), "threads": int(fields[17]), "cpu": cpu, "memory": memory}
 
 
-def _broken_limit(request: dict, worker: int, work: str, inherited: int) -> str:
+def _broken_limit(
+    request: dict, worker: int, work: str, directory: int, inherited: int
+) -> str:
     """The name of the limit that the run has broken, "" for none."""
+
+    def usage() -> tuple[int, int]:
+        size, files = _disk_usage(directory)
+        return size + _unlinked_usage(worker, request["uid"], work), files
+
     try:
         facts = _process_facts(worker)
     except OSError:
@@ -1218,40 +1236,60 @@ def _broken_limit(request: dict, worker: int, work: str, inherited: int) -> str:
         return "cpu"
     if facts["threads"] > request["max_threads"]:
         return "threads"
-    size, files = _disk_usage(work)
+    try:
+        size, files = usage()
+    except OSError:  # renamed or removed under our eyes? Look again while nothing moves
+        os.kill(worker, signal.SIGSTOP)
+        try:
+            _stopped(worker, 1.0)
+            size, files = usage()
+        except OSError:  # it cannot be listed
+            return "files" if _stopped(worker, 0.0) else ""
+        finally:
+            os.kill(worker, signal.SIGCONT)
     if files > MAX_FILES:
         return "files"
-    size += _unlinked_usage(worker, request["uid"], work)
     return "disk" if size > request["disk_mb"] << 20 else ""
 
 
-def _disk_usage(work: str) -> tuple[int, int]:
-    """(bytes, files) below `work`; no recursion, no link followed, stops early when too many."""
-    size, files, todo = 0, 0, [(work, 0)]
-    while todo and files <= MAX_FILES:
-        path, depth = todo.pop()
-        if depth > MAX_DEPTH:
-            return size, MAX_FILES + 1
-        try:
-            with os.scandir(path) as entries:
-                for entry in entries:
-                    files += 1
-                    facts = entry.stat(follow_symlinks=False)
-                    size += facts.st_blocks * 512
-                    if stat.S_ISDIR(facts.st_mode):
-                        if facts.st_mode & 0o700 == 0o300:  # to be filled, and hidden from us
-                            return size, MAX_FILES + 1
-                        todo.append((entry.path, depth + 1))
-                    if files > MAX_FILES:
-                        break
-        except OSError:
-            continue  # vanished meanwhile
+def _stopped(worker: int, patience: float) -> bool:
+    """Whether all threads of our child stand still; waits for it, at most `patience` seconds."""
+    deadline = time.monotonic() + patience
+    events = os.WSTOPPED | os.WEXITED | os.WNOHANG | os.WNOWAIT
+    while (event := os.waitid(os.P_PID, worker, events)) is None:
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.0005)
+    return event.si_code == os.CLD_STOPPED
+
+
+def _disk_usage(directory: int, depth: int = 0) -> tuple[int, int]:
+    """(bytes, files) below an open directory; no path, which can be too long, no link followed.
+    Stops early when they are too many or too deep. Raises OSError for what vanishes meanwhile or
+    cannot be listed."""
+    size = files = 0
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            facts = entry.stat(follow_symlinks=False)
+            size, files = size + facts.st_blocks * 512, files + 1
+            if stat.S_ISDIR(facts.st_mode):
+                if depth == MAX_DEPTH:
+                    return size, MAX_FILES + 1
+                flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+                below = os.open(entry.name, flags, dir_fd=directory)
+                try:
+                    more = _disk_usage(below, depth + 1)
+                finally:
+                    os.close(below)
+                size, files = size + more[0], files + more[1]
+            if files > MAX_FILES:
+                break
     return size, files
 
 
 def _unlinked_usage(worker: int, uid: int, work: str) -> int:
     """Bytes of files that were unlinked and are still open; unlimited where one is only mapped into
-    memory, its descriptor closed: its size cannot be seen."""
+    memory, its descriptor closed: its size cannot be seen. Raises OSError as _disk_usage does."""
     def mapped() -> set[int]:  # inodes
         with open(f"/proc/{worker}/maps", "rb") as maps:
             return {int(line.split()[4]) for line in maps
@@ -1264,17 +1302,12 @@ def _unlinked_usage(worker: int, uid: int, work: str) -> int:
             os.seteuid(uid)
         hidden = mapped()
         for name in os.listdir(f"/proc/{worker}/fd"):
-            try:
-                facts = os.stat(f"/proc/{worker}/fd/{name}")
-            except OSError:
-                continue
+            facts = os.stat(f"/proc/{worker}/fd/{name}")
             if stat.S_ISREG(facts.st_mode) and facts.st_nlink == 0:
                 size += facts.st_blocks * 512
                 hidden.discard(facts.st_ino)
         if hidden and hidden & mapped():  # not one that was closed and unmapped meanwhile
             size = sys.maxsize
-    except OSError:
-        pass
     finally:
         if uid:
             os.seteuid(0)
@@ -1414,8 +1447,9 @@ def _serve(control: socket.socket) -> None:
             channel = socket.socket(fileno=descriptors[0])
             try:
                 pid = os.fork()
-            except OSError:  # no process to be had: the run fails, its owner sees EOF
-                channel.close()
+            except OSError as error:  # no process to be had
+                with channel, contextlib.suppress(OSError):  # the owner may be gone
+                    _send(channel, _not_started(error))
                 continue
             if pid == 0:
                 try:
@@ -1585,7 +1619,8 @@ class Sandbox:
     reuse_mb      memory for results: a script that comes again on the same competition, byte for
                   byte, gets what its first complete run gave (0: every script is run). Equal
                   scripts that come at the same time wait for one run. Exact on CPUs (see `seed`)
-                  for scripts that do not look at the clock
+                  for scripts that neither look at the clock nor ask the system for randomness,
+                  as numpy.random.default_rng() without a seed does
     """
 
     def __init__(
@@ -1776,8 +1811,10 @@ class Sandbox:
                 try:
                     socket.send_fds(self._control, [b"run"], [channel.fileno()])
                     return
-                except OSError:
-                    self._control = None  # the keeper is about to notice
+                except OSError:  # dead, or else it has to be: the keeper waits for its end
+                    with contextlib.suppress(OSError):
+                        self._control.shutdown(socket.SHUT_RDWR)
+                    self._control = None
 
     def _judge(
         self, competition: Competition, facts: dict,
@@ -1801,7 +1838,8 @@ class Sandbox:
         """(status, reason) before grading."""
         killed, exit_code, limits = facts["killed"], facts.get("exit_code"), self._limits
         if killed == "refused":
-            return "refused", f"isolation failed: {facts['said'] or 'the worker died in set-up'}"
+            what = facts["said"] or "the worker died in set-up"
+            return "refused", f"the script could not be started in isolation: {what}"
         if killed in ("lost", "orphaned"):
             if self.problem:  # it was closed, or does not start again: no fault of the script's
                 return "refused", f"the run was not completed: {self.problem}"
@@ -1816,7 +1854,8 @@ class Sandbox:
         if killed:
             what = {
                 "threads": f"{limits['max_threads']} threads",
-                "files": f"{MAX_FILES} files, {MAX_DEPTH} levels of directories that can be listed",
+                "files": f"{MAX_FILES} files in {MAX_DEPTH} levels of directories that "
+                         "can be listed",
                 "disk": f"{limits['disk_mb']} MB of disk",
             }[killed]
             return "error", f"stopped at the limit of {what}"
@@ -1827,7 +1866,8 @@ class Sandbox:
             return "memory", f"out of memory (limit {limits['memory_mb']} MB)"
         if exit_code and exit_code < 0:
             hint = ", perhaps by the kernel for want of memory" if exit_code == -9 else ""
-            return "error", f"killed by {signal.Signals(-exit_code).name}{hint}"
+            names = {number: number.name for number in signal.Signals}  # not all have one
+            return "error", f"killed by {names.get(-exit_code, f'signal {-exit_code}')}{hint}"
         if exit_code:
             return "error", last or f"exit code {exit_code}"
         if facts["problem"]:

@@ -1132,6 +1132,41 @@ def test_a_full_machine_is_a_problem_not_a_hang(monkeypatch, capfd, lacking):
     assert "Resource temporarily unavailable" in capfd.readouterr().err
 
 
+def test_a_machine_without_room_refuses_the_script(competition, tmp_path):
+    with Sandbox(1, scratch=str(tmp_path), reuse_mb=1, **LIGHT) as sandbox:
+        root = Path(sandbox.hello["root"])
+        root.rename(tmp_path / "away")
+        run = sandbox.run(competition, GOOD)
+        assert run.status == "refused" and "could not be started" in run.reason
+        assert "No such file or directory" in run.reason
+        (tmp_path / "away").rename(root)
+        run = sandbox.run(competition, GOOD)
+        assert (run.status, run.reused) == ("ok", False)
+
+
+def test_the_nanny_misses_nothing_that_moves(tmp_path):
+    """A directory that is renamed all the time is counted at every look, and the process that does
+    it goes on afterwards."""
+    (tmp_path / "0" / "below").mkdir(parents=True)
+    (tmp_path / "0" / "below" / "large").write_bytes(bytes(3 << 20))
+    code = "import itertools, os\nfor i in itertools.count(): os.rename(str(i % 9), str((i + 1) % 9))"
+    request = {"uid": 0, "memory_mb": 1000, "cpu_seconds": 1000, "max_threads": 9, "disk_mb": 2}
+    directory = os.open(tmp_path, os.O_RDONLY)
+    with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path) as renamer:
+        try:
+            assert wait_until(lambda: not (tmp_path / "0").exists())
+            for _ in range(50):
+                found = module._broken_limit(request, renamer.pid, str(tmp_path), directory, 0)
+                assert found == "disk"
+            before = psutil.Process(renamer.pid).cpu_times().user
+            assert wait_until(lambda: psutil.Process(renamer.pid).cpu_times().user > before)
+            request["disk_mb"] = 4
+            assert module._broken_limit(request, renamer.pid, str(tmp_path), directory, 0) == ""
+        finally:
+            renamer.kill()
+            os.close(directory)
+
+
 # ------------------------------------------------------------------------------------------------
 # Layers that are missing, openly or silently: patched copies of sandbox.py
 
@@ -1178,6 +1213,10 @@ NO_LANDLOCK = (
             ),
             "more than one thread",
         ),
+        (
+            ("                pid = os.fork()\n", "                raise BlockingIOError(11, 'full')\n"),
+            "could not be started in isolation: BlockingIOError: [Errno 11] full",
+        ),
     ],
     ids=[
         "no Landlock",
@@ -1186,6 +1225,7 @@ NO_LANDLOCK = (
         "seccomp silently off",
         "unknown machine",
         "a second thread",
+        "no process",
     ],
 )
 def test_a_missing_layer_refuses(competition, tmp_path, change, reason):

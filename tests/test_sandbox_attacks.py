@@ -698,6 +698,7 @@ for _ in range(4): threading.Thread(target=spin).start()""",
 attack(
     "stop oneself", "import signal; os.kill(os.getpid(), signal.SIGSTOP)", "timeout", timeout=1.0
 )
+attack("signal without a name", "os.kill(os.getpid(), 40)", "error", reason="killed by signal 40")
 attack("sleep forever", "import time\nwhile True: time.sleep(1000)", "timeout", timeout=1.0)
 attack(
     "hang at exit",
@@ -827,7 +828,33 @@ for i in range(200):
     with open(f'd/f{i}', 'wb') as f: f.write(bytes(8 << 20))
 import time; time.sleep(5)""",
     "error",
-    reason="directories that can be listed",
+    reason="stopped at the limit of",
+)
+attack(
+    "disk, below names too long for a path",
+    """
+for i in range(17): os.mkdir('d' * 250); os.chdir('d' * 250)
+for i in range(200):
+    with open(f'f{i}', 'wb') as f: f.write(bytes(8 << 20))
+import time; time.sleep(5)""",
+    "error",
+    reason="disk",
+)
+attack(
+    "disk, directory that is renamed again and again",
+    """
+import threading, time
+os.mkdir('0')
+here = os.open('0', os.O_RDONLY)
+def rename():
+    for i in range(1 << 40): os.rename(str(i % 50), str((i + 1) % 50))
+threading.Thread(target=rename, daemon=True).start()
+for i in range(200):
+    with open(os.open(f'f{i}', os.O_CREAT | os.O_WRONLY, dir_fd=here), 'wb') as f:
+        f.write(bytes(8 << 20))
+time.sleep(5)""",
+    "error",
+    reason="disk",
 )
 attack(
     "disk, O_TMPFILE", "attempt(os.open, '.', os.O_TMPFILE | os.O_RDWR)", NOTHING, layer="seccomp"
@@ -853,7 +880,7 @@ attack(
 attack(
     "directories without permissions",
     "os.makedirs('a/b'); os.mkdir('a/b/c', 0); os.umask(0o777); os.mkdir('z'); open('y', 'w')",
-    NOTHING,
+    "no_submission error",  # error where the nanny looks before the script ends, and is not root
 )
 attack(
     "odd file names", r"for n in ('\udcff', 'a\nb', '-rf', '*', 'x' * 255): open(n, 'w')", NOTHING
