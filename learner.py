@@ -761,6 +761,12 @@ class Learner:
         if self.group:
             dist.barrier(self.group)  # nobody goes on before the directory is there
 
+    @property
+    def published_bytes(self) -> int:
+        """The size of what `publish` writes."""
+        tensors = self.policy.model.state_dict().values()
+        return sum(tensor.numel() for tensor in tensors) * self.publish_dtype.itemsize
+
     def _shards(self) -> Iterator[dict[str, Tensor]]:
         """Whole tensors under their published names, in parts of about SHARD_BYTES that end with
         a layer; empty on every rank but the first."""

@@ -46,6 +46,7 @@ import os
 import platform
 import random
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -470,6 +471,9 @@ class Completion:
     finish_reason: str  # "stop" | "length"
 
 
+GPU_MEMORY_UTILIZATION = 0.85  # of a GPU, for an engine
+
+
 @dataclass(frozen=True)
 class EngineConfig:
     """How vLLM is started; see `Config` in train.py for the flags."""
@@ -477,8 +481,7 @@ class EngineConfig:
     max_model_len: int = 2048  # prompt + response, tokens
     max_num_seqs: int = 64  # sequences decoded together
     dtype: str = "float32"
-    kv_cache_gib: float | None = 1.0  # None: vLLM's own fraction of the GPU's memory
-    gpu_memory_utilization: float = 0.85
+    kv_cache_gib: float | None = 1.0  # None: what GPU_MEMORY_UTILIZATION leaves
     tensor_parallel_size: int = 1
     threads: int = 1  # CPU threads of the engine; without meaning on GPUs
     seed: int = 0
@@ -507,7 +510,7 @@ def engine_plan(model, config: EngineConfig, parameter_count: int, memory_bytes:
     token = 2 * model.num_hidden_layers * heads * head_dim * size
     plan = {"weights": parameter_count * size // config.tensor_parallel_size,
             "logits": 2 * 4 * model.vocab_size * max(config.max_num_seqs, 256)}
-    free = int(config.gpu_memory_utilization * memory_bytes) - sum(plan.values())
+    free = int(GPU_MEMORY_UTILIZATION * memory_bytes) - sum(plan.values())
     plan["kv_cache"] = int(config.kv_cache_gib * 2**30) if config.kv_cache_gib else max(free, 0)
     plan["total"] = sum(plan.values())
     plan["cache_tokens"] = plan["kv_cache"] // token
@@ -519,7 +522,7 @@ def engine_plan(model, config: EngineConfig, parameter_count: int, memory_bytes:
             f"a rank of an engine needs {needed / 2**30:.1f} GiB (weights "
             f"{plan['weights'] / 2**30:.1f}, key-value cache for at least one sequence of "
             f"{config.max_model_len} tokens {token * config.max_model_len / 2**30:.1f}) and has "
-            f"{config.gpu_memory_utilization * memory_bytes / 2**30:.1f}: use a larger "
+            f"{GPU_MEMORY_UTILIZATION * memory_bytes / 2**30:.1f}: use a larger "
             "tensor_parallel, a smaller max_model_len or kv_cache_gib, or bfloat16")
     return plan
 
@@ -582,8 +585,7 @@ class Engine:
             # compiling takes longer than it ever saves.
             enforce_eager=current_platform.is_cpu(),
             # vLLM refuses to start where less than this is free, even if the cache has a size.
-            gpu_memory_utilization=(0.01 if config.kv_cache_gib
-                                    else config.gpu_memory_utilization),
+            gpu_memory_utilization=0.01 if config.kv_cache_gib else GPU_MEMORY_UTILIZATION,
             kv_cache_memory_bytes=(int(config.kv_cache_gib * 2**30)
                                    if config.kv_cache_gib else None),
             # The CPU kernel's tiles: vLLM's own 128 takes 1.2 to 1.4 times as long at 300 tokens.
@@ -685,8 +687,7 @@ class Engine:
     def load(self, directory: str | Path, version: int) -> None:
         """Swap in the weights of a Hugging Face directory while requests go on.
 
-        The directory must hold `lm_head.weight` even when the embeddings are tied: vLLM would
-        otherwise keep the old output head, silently (see `Learner.publish`).
+        It must hold `lm_head.weight` even when that is tied (see `Learner.publish`).
         """
         self._wait(self._while_alive(
             self.llm.collective_rpc("load_published", args=(str(directory),))))
@@ -1299,6 +1300,20 @@ def gpus_of_slots(listed: str, slots: int, first: int = 0) -> list[str] | None:
     return [ids[(first + slot) % len(ids)] for slot in range(slots)] if ids else None
 
 
+def check_model(directory: str) -> None:
+    """Refuse a directory that lacks what vLLM and the prompts need.
+
+    Raises:
+        ValueError: one line that says what.
+    """
+    for names, remedy in (
+            (("config.json",), "give a Hugging Face model directory, such as the policy/ of a run"),
+            (("tokenizer.json", "tokenizer_config.json"), "save one into it with tokenizer."
+             "save_pretrained, or give the policy/ of a run")):  # a run directory has the first
+        if not any((Path(directory) / name).is_file() for name in names):
+            raise ValueError(f"--model {directory}: no {names[0]} there; {remedy}")
+
+
 def trained_on(model: str | Path) -> list[str]:
     """Ids of the competitions that the policy of a run directory has seen; [] when not known."""
     path = Path(model).resolve().parent / "splits.json"  # train.py writes it beside policy/
@@ -1307,6 +1322,23 @@ def trained_on(model: str | Path) -> list[str]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CompetitionError(f"{path} cannot be read ({type(error).__name__}: {error}): it says "
                                "what the policy was trained on; restore or remove it") from None
+
+
+def leave(status: int) -> None:
+    """End this process at once: threads of vLLM, gloo and the queues still run, and some of them do
+    not survive it when the interpreter is taken down under them."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def scratch_folder(name: str, needed: float = 0) -> Path:
+    """A folder, mode 700, that the guard removes: in shared memory where that has room for `needed`
+    bytes (in containers it is often 64 MB), else in the temporary folder. (The name is short: the
+    path of a socket, and vLLM makes some here, may have no more than 107 characters.)"""
+    shm = "/dev/shm"
+    roomy = os.access(shm, os.W_OK) and shutil.disk_usage(shm).free > needed
+    return Path(tempfile.mkdtemp(prefix=f"acegrpo-{name}-", dir=shm if roomy else None))
 
 
 def guard(owner: int, group: int, folders: list[str]) -> None:
@@ -1461,10 +1493,9 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-# Flags that change how fast an evaluation is, how far it goes, or where things are, but no run of
-# it.
-FREE = ("config out model parallel slots sandbox_gpus reuse_mb seeds competitions data_dir "
-        "allow_overlap max_num_seqs").split()
+# Flags that may differ when an evaluation goes on: no run of it is another one for them.
+MAY_CHANGE = ("config out model parallel slots sandbox_gpus reuse_mb seeds competitions data_dir "
+              "allow_overlap max_num_seqs").split()
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -1516,7 +1547,7 @@ def settings_of(args: argparse.Namespace) -> dict:
     model = Path(args.model).resolve()
     weights = [(p.name, p.stat().st_size, p.stat().st_mtime_ns)
                for p in sorted(model.glob("*.safetensors"))]
-    return {k: v for k, v in vars(args).items() if k not in FREE} | {
+    return {k: v for k, v in vars(args).items() if k not in MAY_CHANGE} | {
         "weights": weights or str(model)}
 
 
@@ -1535,7 +1566,7 @@ def check_settings(folder: Path, settings: dict) -> None:
     except (ValueError, TypeError) as error:
         raise CompetitionError(f"{path} cannot be read ({error}): give another --out, or remove "
                                f"{folder}") from None
-    for name in (settings.keys() | found.keys()) - set(FREE):
+    for name in (settings.keys() | found.keys()) - set(MAY_CHANGE):
         if settings.get(name) != found.get(name):
             raise CompetitionError(
                 f"{folder} holds an evaluation with {name} {found.get(name)!r}, not "
@@ -1552,10 +1583,7 @@ def prepare(args: argparse.Namespace) -> tuple[list[Competition], Path]:
         ValueError, OSError: one line that names the flag or the file.
     """
     model, out = Path(args.model), Path(args.out)
-    for names in ("config.json",), ("tokenizer.json", "tokenizer_config.json"):
-        if not any((model / name).is_file() for name in names):  # a run directory has the first
-            raise ValueError(f"--model {model}: no {names[0]} there; give a Hugging Face model "
-                             "directory, such as the policy/ of a run")
+    check_model(args.model)
     competitions = load_competitions(args.competitions, args.data_dir)
     if not args.allow_overlap:
         check_overlap(model, competitions)
@@ -1578,10 +1606,8 @@ def run_evaluation(args: argparse.Namespace, competitions: list[Competition], fo
             print(f"rollout.py: scripts cannot be isolated here: {sandbox.problem}; --unsafe runs "
                   "them without isolation", file=sys.stderr)
             return 3
-        # For vLLM, in shared memory: the path of a socket may have no more than 107 characters.
-        scratch = tempfile.mkdtemp(prefix="acegrpo-evaluation-",
-                                   dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None)
-        start_guard([Path(scratch)])
+        scratch = scratch_folder("evaluation")
+        start_guard([scratch])
         from transformers import AutoTokenizer
 
         prompter = Prompter(AutoTokenizer.from_pretrained(args.model), competitions, PromptBudget(
@@ -1589,8 +1615,9 @@ def run_evaluation(args: argparse.Namespace, competitions: list[Competition], fo
         print("starting vLLM, a minute or two", flush=True)
         engine = Engine(args.model, EngineConfig(
             max_model_len=args.max_model_len, max_num_seqs=args.max_num_seqs, dtype=args.dtype,
-            tensor_parallel_size=args.tensor_parallel, kv_cache_gib=args.kv_cache_gib or None),
-            scratch=scratch)
+            tensor_parallel_size=args.tensor_parallel, kv_cache_gib=args.kv_cache_gib or None,
+            # Agents that are added later must not meet the random numbers of the first ones.
+            seed=len(os.listdir(folder))), scratch=scratch)
         try:
             runs = evaluate(competitions, range(args.seeds), engine, sandbox, prompter, config,
                             agent, args.parallel, folder)
@@ -1632,6 +1659,4 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     if status := main():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)  # agents that an error cut off still wait, for an engine that is gone
+        leave(status)  # agents that an error cut off still wait, for an engine that is gone

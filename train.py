@@ -44,7 +44,6 @@ import secrets
 import shutil
 import signal
 import sys
-import tempfile
 import threading
 import time
 import traceback
@@ -59,8 +58,8 @@ import numpy as np
 
 from buffer import OPERATORS, EvolvingBuffer, Group, Task, last_line, plain
 from rollout import (Engine, EngineConfig, PromptBudget, Prompter, Request, Result, RolloutConfig,
-                     RolloutWorker, engine_plan, gpus_of_slots, lock_record, read_settings,
-                     standing, start_guard, trained_on, write_whole)
+                     RolloutWorker, check_model, engine_plan, gpus_of_slots, leave, lock_record,
+                     read_settings, scratch_folder, standing, start_guard, trained_on, write_whole)
 from sampler import AdaptiveSampler
 from sandbox import CompetitionError, Sandbox, load_competitions
 
@@ -98,7 +97,7 @@ class Config:
                             "default")
     allow_overlap: bool = opt(False, "let competitions be both trained and evaluated on")
     run_dir: str = opt("", "where the run is written; '' means runs/<preset>-<time>")
-    seed: int = opt(0, "seed of the sampler, the engine and the learner")
+    seed: int = opt(0, "seed of the sampler and the engines")
     # --- how much
     steps: int = opt(76, "learner steps")
     groups: int = opt(8, "B: groups (tasks) a learner step")
@@ -391,21 +390,16 @@ def restarted_by_torchrun(config: Config) -> bool:
         return False
 
 
-def check_model(directory: str) -> None:
-    """Refuse a model directory that lacks what vLLM and the prompts need."""
-    path = Path(directory)
-    if not path.is_dir():
-        default = directory == Config.model
-        if not default and directory.count("/") == 1 and not path.parent.exists():
-            return  # owner/name: Hugging Face resolves it
-        hint = "run `make data`" if default else "give a model directory"
-        raise UserError(f"--model {directory}: no such directory; {hint}")
-    if not (path / "config.json").is_file():
-        raise UserError(f"--model {directory}: no config.json there; it must be a Hugging Face "
-                        "model directory")
-    if not any((path / n).is_file() for n in ("tokenizer.json", "tokenizer_config.json")):
-        raise UserError(f"--model {directory}: no tokenizer there; save one into it with "
-                        "tokenizer.save_pretrained")
+def check_policy(model: str) -> None:
+    """Refuse a --model that is neither a model directory nor, by its form, a name of the hub."""
+    path = Path(model)
+    if model == Config.model and not path.is_dir():
+        raise UserError(f"--model {model}: no such directory; run `make data`")
+    if path.is_dir() or model.count("/") != 1 or path.parent.exists():
+        try:
+            check_model(model)
+        except ValueError as error:
+            raise UserError(error) from None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -898,14 +892,6 @@ def fetch_weights(directory: Path, connect) -> None:
 # 5. Nothing stays behind (see also rollout.start_guard)
 
 
-def leave(status: int) -> None:
-    """End this process at once: threads of vLLM, gloo and the queues still run, and some of them do
-    not survive it when the interpreter is taken down under them."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-
-
 def die_with_parent() -> None:
     """Have the kernel kill this process when its parent dies: torchrun, or rank 0."""
     import ctypes
@@ -935,14 +921,6 @@ def exit_on_sigterm() -> None:
     """torchrun ends its ranks with SIGTERM, perhaps inside a collective: leave at once, and let
     the guard clean up."""
     signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))
-
-
-def scratch_folder(name: str, needed: float = 0) -> Path:
-    """A folder, mode 700, that the guard removes: in shared memory where that has room for `needed`
-    bytes (in containers it is often 64 MB), else in the temporary folder."""
-    shm = "/dev/shm"
-    roomy = os.access(shm, os.W_OK) and shutil.disk_usage(shm).free > needed
-    return Path(tempfile.mkdtemp(prefix=f"acegrpo-{name}-", dir=shm if roomy else None))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1139,8 +1117,9 @@ class Run:
             sampler.add(task.id, task.competition_id, task.operator)
         self.curriculum = Curriculum(config, buffer, sampler, queues("tasks"), queues("results"),
                                      self.dir / "traces.jsonl")
-        # Any fixed text will do: it is scored, not answered.
-        probe = tokenizer.encode(train[0].description * 4, add_special_tokens=False)
+        # Any fixed text will do, if it is not too short: it is scored, not answered.
+        text = f"{train[0].id}\n{train[0].description}\n"
+        probe = tokenizer.encode(text * 4, add_special_tokens=False)
         self.probe = probe[:min(256, config.max_model_len - 1)]
         self.evaluated = False  # before training
         if resume:
@@ -1428,6 +1407,8 @@ def reading(run_dir: Path, what: str, remedy: str = "start a new run"):
     try:
         yield
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        if INTERRUPTED.is_set():  # torch's checkpoints make an OSError of Ctrl-C
+            raise
         raise UserError(f"--resume {run_dir}: {what} cannot be read ({type(error).__name__}: "
                         f"{error}); {remedy}")
 
@@ -1572,38 +1553,36 @@ def train(config: Config, resume: bool) -> None:
     model = local_model(config.model)
     place = join_world(config)
     if place.rank >= config.learner_ranks:
-        if torch.cuda.is_available():
-            gpus = range(place.local_rank, place.local_rank + config.tensor_parallel)
-            os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpus(gpus)
         if (place.rank - config.learner_ranks) % config.tensor_parallel == 0:
+            if torch.cuda.is_available():
+                gpus = range(place.local_rank, place.local_rank + config.tensor_parallel)
+                os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpus(gpus)
             rollout_main(config, place.rank, place.address, place.key)
         else:  # its GPU belongs to another rank's engine: wait for the end
             connect_queues(place.address, place.key)(f"weights/{place.rank}").get()
     else:
         from learner import Learner, UnsupportedModel
 
-        torch.manual_seed(config.seed)
         if not torch.cuda.is_available():
             torch.set_num_threads(config.learner_threads)
         else:
             torch.cuda.set_device(place.local_rank)
         try:
             learner = Learner(model, learner_config(config), group=place.group)
-        except UnsupportedModel as error:
+            if place.rank > 0:
+                orders = connect_queues(place.address, place.key)(f"learner/{place.rank}")
+                learner_follow(learner, orders)
+            else:
+                lead(config, place, learner, resume)
+        except UnsupportedModel as error:  # some show it in their first forward pass only
             raise UserError(f"--model {config.model}: {error}")
-        if place.rank > 0:
-            orders = connect_queues(place.address, place.key)(f"learner/{place.rank}")
-            learner_follow(learner, orders)
-        else:
-            lead(config, place, learner, resume)
     if place.world > 1:
         dist.barrier()
 
 
 def lead(config: Config, place: Place, learner, resume: bool) -> None:
     """Rank 0's role: the run itself, with a rollout process of its own where it is alone."""
-    weights = Path(local_model(config.model)).glob("*.safetensors")
-    scratch = scratch_folder("weights", 1.1 * sum(file.stat().st_size for file in weights))
+    scratch = scratch_folder("weights", 1.1 * learner.published_bytes)
     start_guard([scratch])
     place.queues.queues["published"] = PublishedFiles(scratch)
     if place.world > 1:
@@ -1789,7 +1768,7 @@ def main(argv: list[str] | None = None) -> int:
         config, arguments = parse_config(argv)
         planned = arguments.dry_run or "WORLD_SIZE" in os.environ
         validate(config, *(planned_world(config.preset) if planned else (1, 1)))
-        check_model(config.model)
+        check_policy(config.model)
         if arguments.dry_run:
             if rank == 0:
                 print_plan(config)
@@ -1822,7 +1801,8 @@ def main(argv: list[str] | None = None) -> int:
         if rank > 0 and isinstance(error, (EOFError, ConnectionError)):
             print(f"rank {rank}: the connection to rank 0 is lost", file=sys.stderr, flush=True)
         elif rank == 0 and config and isinstance(error, OSError):  # a full disk, most of all
-            beside = next(p for p in Path(config.run_dir).absolute().parents if p.exists())
+            where = Path(error.filename or config.run_dir).absolute()
+            beside = next(p for p in where.parents if p.exists())
             say(f"train.py: {error} ({shutil.disk_usage(beside).free / 1e9:.1f} GB are free in "
                 f"{beside}); {how_to_go_on(config)}")
         else:

@@ -146,6 +146,8 @@ class FakeLearner:
     def scale(self, factor):
         self.meet()
 
+    published_bytes = 0
+
     def publish(self, directory):
         self.meet()
         Path(directory).mkdir(exist_ok=True)

@@ -447,6 +447,8 @@ def test_a_family_trains_and_publishes(models, tmp_path, family):
     assert np.array_equal(learner.score(sequences[1].tokens), after)
     assert np.abs(after - before).max() > 1e-4
     assert sorted(p.name for p in tmp_path.iterdir()) == ["policy"]
+    size = (tmp_path / "policy" / "model.safetensors").stat().st_size
+    assert 0 <= size - learner.published_bytes < 1 << 16  # names and shapes come on top
 
     published = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
     whole = dataclasses.replace(sequences[1], prompt_length=1)

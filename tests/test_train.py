@@ -594,10 +594,60 @@ def test_what_a_resumed_run_must_keep(tmp_path, monkeypatch):
     assert (config.groups, config.max_staleness, config.steps, config.timeout) == (4, 3, 9, 7)
 
 
-def test_a_model_without_tokenizer_is_refused(tmp_path):
+def test_ctrl_c_while_a_checkpoint_is_read_blames_no_checkpoint(tmp_path):
+    train.INTERRUPTED.set()
+    try:
+        with pytest.raises(OSError, match="CheckpointException"):
+            with train.reading(tmp_path, "checkpoint step_4"):
+                raise OSError("CheckpointException ranks:dict_keys([0]) KeyboardInterrupt")
+    finally:
+        train.INTERRUPTED.clear()
+
+
+def play_role(monkeypatch, learner, **place):
+    """train.train of one process among others that are not there."""
+    class Queues:
+        def get(self):
+            return None  # the run is over
+
+    monkeypatch.setattr(train, "join_world", lambda _: train.Place(
+        group=None, queues=None, address=("", 0), key=b"", **place))
+    monkeypatch.setattr(train, "local_model", lambda model: model)
+    monkeypatch.setattr(train, "connect_queues", lambda *_: lambda _: Queues())
+    monkeypatch.setattr("torch.distributed.barrier", lambda: None)
+    monkeypatch.setitem(sys.modules, "learner", SimpleNamespace(
+        Learner=learner, LearnerConfig=SimpleNamespace, UnsupportedModel=NotImplementedError))
+
+
+def test_the_second_gpu_of_an_engine_is_left_to_it(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    play_role(monkeypatch, None, world=4, rank=3, local_rank=3)
+    train.train(make_config(learner_ranks=2, tensor_parallel=2), resume=False)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1,2,3"
+
+
+def test_a_model_that_only_its_forward_pass_refuses_is_one_line(monkeypatch):
+    def lead(*_):
+        raise NotImplementedError("Attention needs sinks")
+
+    play_role(monkeypatch, lambda *_, **__: None, world=1, rank=0, local_rank=0)
+    monkeypatch.setattr(train, "lead", lead)
+    monkeypatch.setattr("torch.set_num_threads", lambda _: None)
+    with pytest.raises(UserError, match="--model data/policy: Attention needs sinks"):
+        train.train(make_config(learner_ranks=1), resume=False)
+
+
+def test_a_model_without_tokenizer_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="no tokenizer"):
-        train.check_model(str(tmp_path))
+        train.check_policy(str(tmp_path))
+    train.check_policy("owner/name")  # a name of the hub
+    with pytest.raises(UserError, match="no config.json"):
+        train.check_policy(f"{tmp_path}/nowhere")
+    with pytest.raises(UserError, match="make data"):
+        train.check_policy(train.Config.model)
 
 
 # -- the self-check of a publication
@@ -672,9 +722,9 @@ def test_an_engine_that_ignores_updates_is_caught_before_the_first_step(follows,
 
 
 def test_scratch_folders_are_in_shared_memory_where_that_is_large_enough(tmp_path, monkeypatch):
-    monkeypatch.setattr(train.tempfile, "mkdtemp", lambda prefix, dir: dir or "temporary")
-    monkeypatch.setattr(train.os, "access", lambda *_: True)
-    monkeypatch.setattr(train.shutil, "disk_usage", lambda _: SimpleNamespace(free=64e6))
+    monkeypatch.setattr("tempfile.mkdtemp", lambda prefix, dir: dir or "temporary")
+    monkeypatch.setattr("os.access", lambda *_: True)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=64e6))
     assert str(train.scratch_folder("x", 60e6)) == "/dev/shm"
     assert str(train.scratch_folder("x", 15e9)) == "temporary"
 
