@@ -89,9 +89,8 @@ ARMS = {
 KEPT = ("competition_id seed valid medal score human_rank above_median first_draft_valid "
         "steps_to_first_valid").split()  # of a row of report.json
 PLACES = "model competitions heldout data_dir run_dir resume".split()  # of train.py's settings
-MANAGED = ("--preset --run-dir --seed --steps --model --keep-checkpoints --competitions --heldout "
-           "--eval-drafts --resume").split()  # flags of train.py that the study sets itself
-SET = "seed steps preset eval_drafts keep_checkpoints".split()  # by the study, so not by the user
+SET = "seed steps preset eval_drafts keep_checkpoints".split()  # by the study
+MANAGED = [f"--{name.replace('_', '-')}" for name in PLACES + SET]  # so not by the user
 SHARED = ("timeout cpu_seconds memory_mb disk_mb temperature max_model_len description_chars "
           "preview_chars output_chars").split()  # flags of train.py that its agents are given, too
 BEFORE = "before"  # the policy that all arms start from
@@ -225,22 +224,21 @@ def rank_by_step(rows: list[dict], steps: int) -> dict[str, list[float]]:
 
 
 def read_result(folder: Path) -> dict | None:
-    path = folder / "result.json"
-    result = read_json(path, "remove it; the same command then makes it again")
-    if result and not {"arm", "seed", "training", "evaluations"} <= result.keys():
-        raise StudyError(f"{path} is damaged: remove it; the same command then makes it again")
-    return result
+    return read_json(folder / "result.json", "remove it; the same command then makes it again",
+                     ("arm", "seed", "training", "evaluations"))
 
 
-def read_json(path: Path, remedy: str) -> dict | None:
+def read_json(path: Path, remedy: str, needs: tuple = ()) -> dict | None:
     """None where there is no such file. Raises StudyError when it does not hold what it should."""
+    if not path.exists():
+        return None
     try:
-        value = json.loads(path.read_text()) if path.exists() else {}
+        value = json.loads(path.read_text())
     except ValueError:
         value = None
-    if not isinstance(value, dict):
+    if not isinstance(value, dict) or not set(needs) <= value.keys():
         raise StudyError(f"{path} is damaged: {remedy}")
-    return value or None
+    return value
 
 
 def competition_folder(args: argparse.Namespace, splits: list[str]) -> Path:
@@ -273,8 +271,7 @@ def cells(results: list[dict], split: str, measure: str, steps: int
 
 
 def cells_by_step(results: list[dict], split: str) -> dict[str, dict[int, np.ndarray]]:
-    """{arm: {training seed: (C, agent steps)}}: human rank had the agent stopped there. Results
-    that were written before it was recorded are left out."""
+    """{arm: {training seed: (C, agent steps)}}: human rank had the agent stopped there."""
     found = {}
     for result in results:
         if ranks := result.get("by_step", {}).get(split):
@@ -341,8 +338,8 @@ class Difference(NamedTuple):
 
 def summarize(results: list[dict], splits: list[str], steps: int) -> list[dict]:
     """A row for each split and arm, in the order of SPLITS, and of ARMS after `before`:
-    {"split", "arm", "seeds", measure: (mean, error), ..., "to full": {measure: Difference}}, and
-    "by_step" (agent steps,) and "first seeds" (those it is known of) where there are any."""
+    {"split", "arm", "seeds", measure: (mean, error), ..., "by_step": (agent steps,),
+    "to full": {measure: Difference}}."""
     rows = []
     for split in (s for s in SPLITS if s in splits):
         tables = {title: cells(results, split, name, steps) for title, name in MEASURES.items()}
@@ -356,18 +353,15 @@ def summarize(results: list[dict], splits: list[str], steps: int) -> list[dict]:
                     for title, table in tables.items()}
             if arm != BEFORE:
                 row["no gradient"] = mean_and_error([without_gradient(r) for r in own])
-                if all("equal_rewards" in r["training"] for r in own):  # not in older results
-                    row["equal rewards"] = mean_and_error(
-                        [r["training"]["equal_rewards"] for r in own])
+                row["equal rewards"] = mean_and_error(
+                    [r["training"]["equal_rewards"] for r in own])
                 row["minutes"] = mean_and_error([r["training"]["minutes"] for r in own])
-            if arm in by_step:
-                row["first script"] = mean_and_error([v.mean() for v in first[arm].values()])
-                row["first seeds"] = [seed for seed in by_step[arm] if seed is not None]
-                row["by_step"] = np.mean([v.mean(0) for v in by_step[arm].values()], 0).tolist()
+            row["first script"] = mean_and_error([v.mean() for v in first[arm].values()])
+            row["by_step"] = np.mean([v.mean(0) for v in by_step[arm].values()], 0).tolist()
             for title, table in (("human rank", rank), ("first script", first),
                                  ("any medal", tables["any medal"])):
                 difference = (paired_difference(table[arm], table["full"])
-                              if arm != "full" and arm in table and "full" in table else None)
+                              if arm != "full" and "full" in table else None)
                 if difference is not None:
                     row["to full"][title] = Difference(float(difference.mean()),
                                                        bootstrap_interval(difference),
@@ -422,18 +416,12 @@ def markdown(rows: list[dict], results: list[dict], args: argparse.Namespace) ->
                        for split in dict.fromkeys(row["split"] for row in rows))
     flags = f" {' '.join(args.train_flags)}" if args.train_flags else ""
     again = sum(bool(r["training"] and r["training"]["resumed"]) for r in results)
-    lines += ["", f"Training seeds {', '.join(map(str, seeds))} (first scripts: "
-              f"{first_seeds(rows) or 'none'}); {args.steps} steps of "
+    lines += ["", f"Training seeds {', '.join(map(str, seeds))}; {args.steps} steps of "
               f"{rollouts_of(results) / args.steps:.0f} rollouts in every arm; {counts}; "
               f"{args.agent_steps} agent steps, "
               f"{args.retries} retries{flags}; "
               f"{again} of the runs were interrupted and resumed."]
     return "\n".join(lines) + "\n"
-
-
-def first_seeds(rows: list[dict]) -> str:
-    """The training seeds whose first scripts, and curves, are known."""
-    return ", ".join(map(str, sorted({s for row in rows for s in row.get("first seeds", [])})))
 
 
 def rollouts_of(results: list[dict]) -> int:
@@ -484,13 +472,12 @@ def draw(rows: list[dict], out: Path) -> None:
         ranks.axvline(0, color=MUTED, linewidth=1)
         title(zeros, "Groups without gradient", "share over the run; bar: standard error")
         title(steps, "Human rank as the agent goes on",
-              f"had it stopped after so many scripts; {SPLITS[splits[-1]]} competitions, training "
-              f"seeds {first_seeds(rows) or 'none'}")
+              f"had it stopped after so many scripts; {SPLITS[splits[-1]]} competitions")
         for row in (r for r in rows if r["arm"] != BEFORE):
             if row["split"] == splits[0]:
                 mean, error = row["no gradient"]
                 zeros.barh(places[row["arm"]], mean, 0.6, xerr=error, color="#9db3d8", ecolor=INK)
-            if row["split"] == splits[-1] and "by_step" in row:
+            if row["split"] == splits[-1]:
                 steps.plot(range(1, len(row["by_step"]) + 1), row["by_step"],
                            color=RUNS[arms.index(row["arm"]) % len(RUNS)], label=row["arm"])
         steps.xaxis.get_major_locator().set_params(integer=True)
@@ -608,7 +595,6 @@ def check_settings(args: argparse.Namespace) -> None:
     settings |= {f"train.py's {name}": value for name, value in asdict(args.config).items()
                  if name not in PLACES + SET}
     begun = read_json(path, "its runs cannot be told from others now: give another --out") or {}
-    begun.pop("eval_seeds", None)  # of a study that was begun when they were fixed
     if not shown:  # nothing has come of it yet
         begun = {}
     elif not begun:

@@ -127,7 +127,7 @@ def test_a_study_from_start_to_end_and_nothing_to_do_the_second_time(folders, tm
     assert "2.00 ± 0.00" in row  # extra steps: 3 - 1
     # 1 of 6 groups by its metrics, 2 of 3 by its log; 3 steps of half a minute
     assert "| 16.7 ± 0.0 | 66.7 ± 0.0 | 1.5 ± 0.0 |" in row
-    assert "Training seeds 0, 1 (first scripts: 0, 1); 3 steps of 8 rollouts" in table
+    assert "Training seeds 0, 1; 3 steps of 8 rollouts" in table
     assert (tmp_path / "study.png").stat().st_size > 10_000
     before = list(programs.calls)
     assert study.main(arguments(folders, tmp_path, *more)) == 0
@@ -384,7 +384,8 @@ def result(arm, seed, ranks, groups=10, trained=8, rollouts=120):
             for c, row in enumerate(ranks) for e, rank in enumerate(row)]
     training = {"groups": [groups], "groups_trained": [trained], "minutes": 2.0, "resumed": 0,
                 "rollouts": rollouts, "equal_rewards": 0.1}
-    return {"arm": arm, "seed": seed, "evaluations": {"train": rows},
+    by_step = {f"c{c}": [0.0, float(np.mean(row))] for c, row in enumerate(ranks)}
+    return {"arm": arm, "seed": seed, "evaluations": {"train": rows}, "by_step": {"train": by_step},
             "training": None if seed is None else training}
 
 
@@ -412,7 +413,7 @@ def test_equal_rewards_are_counted_over_the_groups_of_a_log(tmp_path):
     assert study.equal_rewards(tmp_path / "groups.jsonl") == pytest.approx(2 / 3)
 
 
-def test_the_rank_by_step_keeps_what_a_run_had_and_is_left_out_where_unknown():
+def test_the_rank_by_step_keeps_what_a_run_had():
     runs = [("a", [0.2, 0.6]), ("b", [0.1, 0.2, 0.3]), ("a", []), ("b", [0.3])]
     found = study.rank_by_step(
         [{"competition_id": name, "human_rank_by_step": ranks} for name, ranks in runs], 4)
@@ -420,14 +421,12 @@ def test_the_rank_by_step_keeps_what_a_run_had_and_is_left_out_where_unknown():
     ranks = [[0.5], [0.5]]
     rows = study.summarize([
         result("full", 0, ranks) | {"by_step": {"train": found}},
-        result("full", 1, ranks), result("uniform", 1, ranks),
         result("neither", 0, ranks) | {"by_step": {"train": {"a": [0.0] * 4, "b": [0.1] * 4}}},
     ], ["train"], 4)
-    full, uniform, neither = rows
+    full, neither = rows
     assert full["first script"] == (pytest.approx(0.15), None)
     assert full["by_step"] == pytest.approx([0.15, 0.275, 0.3, 0.3])
-    assert "first script" not in full["to full"] and "by_step" not in uniform
-    assert full["first seeds"] == [0] and study.first_seeds(rows) == "0"  # of 0 and 1
+    assert "first script" not in full["to full"]
     assert neither["to full"]["first script"].mean == pytest.approx(-0.1)  # (0 - 0.1, 0.1 - 0.2)
     assert neither["to full"]["first script"].interval == pytest.approx((-0.1, -0.1))
 
