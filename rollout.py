@@ -1601,7 +1601,7 @@ def run_evaluation(args: argparse.Namespace, competitions: list[Competition], fo
             slots=args.slots, timeout=args.timeout, cpu_seconds=args.cpu_seconds or None,
             memory_mb=args.memory_mb, disk_mb=args.disk_mb, file_mb=args.disk_mb,
             threads=args.threads,
-            gpus=gpus, unsafe=args.unsafe, attempts=2, reuse_mb=args.reuse_mb) as sandbox:
+            gpus=gpus, unsafe=args.unsafe, attempts=4, reuse_mb=args.reuse_mb) as sandbox:
         if sandbox.problem:
             print(f"rollout.py: scripts cannot be isolated here: {sandbox.problem}; --unsafe runs "
                   "them without isolation", file=sys.stderr)

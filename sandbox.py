@@ -796,9 +796,7 @@ _ALLOW = """
     unlinkat:263:35 symlink:88:- symlinkat:266:36 readlink:89:- readlinkat:267:78 umask:95:166
     rt_sigaction:13:134 rt_sigprocmask:14:135 rt_sigreturn:15:139 rt_sigpending:127:136
     rt_sigtimedwait:128:137 rt_sigsuspend:130:133 sigaltstack:131:132 pause:34:- alarm:37:-
-    getitimer:36:102 setitimer:38:103 timer_create:222:107 timer_settime:223:110
-    timer_gettime:224:108 timer_getoverrun:225:109 timer_delete:226:111
-    nanosleep:35:101 clock_nanosleep:230:115 clock_gettime:228:113 clock_getres:229:114
+    getitimer:36:102 setitimer:38:103 nanosleep:35:101 clock_nanosleep:230:115 clock_gettime:228:113 clock_getres:229:114
     gettimeofday:96:169 time:201:- getpid:39:172 gettid:186:178 getppid:110:173 getpgrp:111:-
     getpgid:121:155 getsid:124:156 getuid:102:174 getgid:104:176 geteuid:107:175 getegid:108:177
     getresuid:118:148 getresgid:120:150 getgroups:115:158 capget:125:90 uname:63:160
@@ -897,6 +895,7 @@ def _install_seccomp(program: bytes) -> None:
 # -- The worker: a fork that gives up everything, proves it, and becomes the script ---------------
 
 POLL_SECONDS = 0.1  # how often the nanny looks at memory, CPU, threads and disk
+STOP_SECONDS = 1.0  # how long the script may take to stand still for the look at its files
 KILL_SECONDS = 10.0  # how long SIGKILL may take before a slot is given up
 MAX_FILES = 10_000  # files and directories in a work directory
 MAX_DEPTH = 64  # nested directories
@@ -1208,26 +1207,32 @@ def _watch(
 
 
 def _process_facts(pid: int) -> dict:
-    """Parent, resident bytes, CPU seconds and threads; read after the last bracket, since the name
-    in brackets is the script's to choose."""
+    """State, parent, resident bytes, CPU seconds and threads; read after the last bracket, since
+    the name in brackets is the script's to choose."""
     with open(f"/proc/{pid}/stat", "rb") as file:
         fields = file.read().rpartition(b")")[2].split()
     cpu = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
     memory = int(fields[21]) * resource.getpagesize()
-    return {"parent": int(fields[1]), "threads": int(fields[17]), "cpu": cpu, "memory": memory}
+    return {"state": fields[0], "parent": int(fields[1]), "threads": int(fields[17]), "cpu": cpu,
+            "memory": memory}
+
+
+def _living_thread(pid: int) -> tuple[int, dict]:
+    """A thread through which /proc shows the process, and its facts. The first thread shows nothing
+    once it has ended, though others may go on. Raises OSError when none lives."""
+    for thread in map(int, os.listdir(f"/proc/{pid}/task")):
+        with contextlib.suppress(OSError):
+            if (facts := _process_facts(thread))["state"] not in (b"Z", b"X"):
+                return thread, facts
+    raise ProcessLookupError(pid)
 
 
 def _broken_limit(
     request: dict, worker: int, work: str, directory: int, inherited: int
 ) -> str:
     """The name of the limit that the run has broken, "" for none."""
-
-    def usage() -> tuple[int, int]:
-        size, files = _disk_usage(directory)
-        return size + _unlinked_usage(worker, request["uid"], work), files
-
     try:
-        facts = _process_facts(worker)
+        _, facts = _living_thread(worker)
     except OSError:
         return ""  # just gone: the pidfd says so as well
     if facts["memory"] - inherited > request["memory_mb"] << 20:
@@ -1236,16 +1241,17 @@ def _broken_limit(
         return "cpu"
     if facts["threads"] > request["max_threads"]:
         return "threads"
+    stopped_itself = _stopped(worker, 0.0)
+    os.kill(worker, signal.SIGSTOP)  # we could miss what moves
     try:
-        size, files = usage()
-    except OSError:  # renamed or removed under our eyes? Look again while nothing moves
-        os.kill(worker, signal.SIGSTOP)
-        try:
-            _stopped(worker, 1.0)
-            size, files = usage()
-        except OSError:  # it cannot be listed
-            return "files" if _stopped(worker, 0.0) else ""
-        finally:
+        if not _stopped(worker, STOP_SECONDS):
+            return ""  # it has just ended, or hangs in the kernel: the next look tells
+        size, files = _disk_usage(directory)
+        size += _unlinked_usage(_living_thread(worker)[0], request["uid"], work)
+    except OSError:  # what cannot be listed; or it was killed meanwhile
+        return "files" if _stopped(worker, 0.0) else ""
+    finally:
+        if not stopped_itself:
             os.kill(worker, signal.SIGCONT)
     if files > MAX_FILES:
         return "files"
@@ -1265,8 +1271,7 @@ def _stopped(worker: int, patience: float) -> bool:
 
 def _disk_usage(directory: int, depth: int = 0) -> tuple[int, int]:
     """(bytes, files) below an open directory; no path, which can be too long, no link followed.
-    Stops early when they are too many or too deep. Raises OSError for what vanishes meanwhile or
-    cannot be listed."""
+    Stops early when they are too many or too deep. Raises OSError for what cannot be listed."""
     size = files = 0
     with os.scandir(directory) as entries:
         for entry in entries:
@@ -1287,32 +1292,27 @@ def _disk_usage(directory: int, depth: int = 0) -> tuple[int, int]:
     return size, files
 
 
-def _unlinked_usage(worker: int, uid: int, work: str) -> int:
+def _unlinked_usage(thread: int, uid: int, work: str) -> int:
     """Bytes of files that were unlinked and are still open; unlimited where one is only mapped into
-    memory, its descriptor closed: its size cannot be seen. Raises OSError as _disk_usage does."""
-    def mapped() -> set[int]:  # inodes
-        with open(f"/proc/{worker}/maps", "rb") as maps:
-            return {int(line.split()[4]) for line in maps
-                    if work.encode() in line and line.endswith(b" (deleted)\n")}
-
+    memory, its descriptor closed: its size cannot be seen."""
     size = 0
     try:
         if uid:  # /proc lets only the same user look
             os.setegid(uid)
             os.seteuid(uid)
-        hidden = mapped()
-        for name in os.listdir(f"/proc/{worker}/fd"):
-            facts = os.stat(f"/proc/{worker}/fd/{name}")
+        with open(f"/proc/{thread}/maps", "rb") as maps:
+            mapped = {int(line.split()[4]) for line in maps  # inodes
+                      if work.encode() in line and line.endswith(b" (deleted)\n")}
+        for name in os.listdir(f"/proc/{thread}/fd"):
+            facts = os.stat(f"/proc/{thread}/fd/{name}")
             if stat.S_ISREG(facts.st_mode) and facts.st_nlink == 0:
                 size += facts.st_blocks * 512
-                hidden.discard(facts.st_ino)
-        if hidden and hidden & mapped():  # not one that was closed and unmapped meanwhile
-            size = sys.maxsize
+                mapped.discard(facts.st_ino)
     finally:
         if uid:
             os.seteuid(0)
             os.setegid(0)
-    return size
+    return sys.maxsize if mapped else size
 
 
 def _kill_children(known: list[int]) -> dict[int, tuple]:
@@ -1611,8 +1611,9 @@ class Sandbox:
     layers        leave one out (tests do); then, or where one is missing, runs are refused unless
     unsafe        is set: then they run with what there is, and Execution.isolation says so
     seed          with the code, the seed of a run's random generators
-    attempts      of a run whose sandbox dies under it (the OOM killer, an operator) or that cannot
-                  be isolated: the first time it need not be the script's doing
+    attempts      of a run whose sandbox dies under it (the OOM killer, an operator), or that cannot
+                  be started or isolated: that need not be the script's doing. They are 1, 2, 4, ...
+                  seconds apart
     scratch       where work directories are made (default: the temporary directory)
     delay         mean seconds of an exponential sleep before each run, in its slot: scripts that
                   take long without using this machine, to measure asynchrony with
@@ -1760,6 +1761,8 @@ class Sandbox:
             again = facts["killed"] in ("lost", "orphaned", "refused") and not self.problem
             if attempt + 1 == self.attempts or not again:
                 return self._judge(competition, facts, *blobs)
+            with self._changed:  # what the machine lacks may come back
+                self._changed.wait_for(lambda: self.problem, 2.0**attempt)
 
     def _retire_slot(self) -> None:
         with self._changed:
@@ -1796,7 +1799,8 @@ class Sandbox:
                 self._hand_over(theirs)
                 theirs.close()
                 ours.settimeout(timeout + KILL_SECONDS + 60)
-                _send(ours, request, data)
+                with contextlib.suppress(ConnectionError):  # refused unread? Then it says why
+                    _send(ours, request, data)
                 return _receive(ours)
             except (OSError, EOFError) as error:
                 return {"killed": "lost", "said": _one_line(error)}, []

@@ -984,7 +984,7 @@ def rollout_main(config: Config, rank: int, address, key: bytes) -> None:
                       gpus=gpus_of_slots(config.sandbox_gpus, config.sandbox_slots,
                                          engine_number * config.sandbox_slots),
                       unsafe=config.unsafe, scratch=str(boxes),
-                      delay=config.sandbox_delay, attempts=2, reuse_mb=config.reuse_mb)
+                      delay=config.sandbox_delay, attempts=4, reuse_mb=config.reuse_mb)
     if sandbox.problem:
         print(f"rollout rank {rank}: scripts cannot be isolated here: {sandbox.problem}; --unsafe "
               "runs them without isolation", file=sys.stderr)

@@ -58,7 +58,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from rollout import RATES, lock_record, write_whole  # noqa: E402
+from rollout import RATES, lock_record, make_parser, write_whole  # noqa: E402
 from sandbox import CompetitionError, load_competitions  # noqa: E402
 from train import Config, UserError, die_with_parent, parse_config, validate  # noqa: E402
 
@@ -177,6 +177,8 @@ def evaluate(arm: str, model: Path, splits: list[str], seeds: int, folder: Path,
           *(["--unsafe"] if args.config.unsafe else []),
           *(word for name in SHARED
             for word in ("--" + name.replace("_", "-"), getattr(args.config, name))),
+          "--max-response-tokens",
+          max(args.config.max_response_tokens, make_parser().get_default("max_response_tokens")),
           *(ARMS[arm].agent if arm in ARMS else ())], folder.with_suffix(".log"))
     rows = json.loads(out.read_text())["runs"]
     return {split: [r for r in rows if r["competition_id"] in args.ids[split]]
@@ -353,8 +355,9 @@ def summarize(results: list[dict], splits: list[str], steps: int) -> list[dict]:
                     for title, table in tables.items()}
             if arm != BEFORE:
                 row["no gradient"] = mean_and_error([without_gradient(r) for r in own])
-                row["equal rewards"] = mean_and_error(
-                    [r["training"]["equal_rewards"] for r in own])
+                if all("equal_rewards" in r["training"] for r in own):  # docs/ has older ones
+                    row["equal rewards"] = mean_and_error(
+                        [r["training"]["equal_rewards"] for r in own])
                 row["minutes"] = mean_and_error([r["training"]["minutes"] for r in own])
             row["first script"] = mean_and_error([v.mean() for v in first[arm].values()])
             row["by_step"] = np.mean([v.mean(0) for v in by_step[arm].values()], 0).tolist()

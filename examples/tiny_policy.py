@@ -355,7 +355,7 @@ def make_examples(rng: random.Random, worlds: list, count: int, answers: int, ra
     prompt shows a validation score only, for which any number will do.
     """
     failures = []
-    for _ in range(count // 10):  # each serves several prompts
+    for _ in range(max(1, count // 10)):  # each serves several prompts
         spec, competition = rng.choice(worlds)
         mistakes = frozenset(rng.sample(MISTAKES, rng.choice((1, 1, 2))))
         parent = draw_parent(rng, spec, mistakes)
@@ -593,7 +593,7 @@ def main(argv=None) -> int:
     started = time.monotonic()
     import torch
 
-    torch.set_num_threads(min(os.cpu_count() or 1, 8))
+    torch.set_num_threads(min(len(os.sched_getaffinity(0)), 8))
     rng = random.Random(args.seed)
     out = Path(args.out).resolve()
     new = out.with_name(f"{out.name}.new")  # renamed at the end: `out` is never half taught

@@ -1144,17 +1144,29 @@ def test_a_machine_without_room_refuses_the_script(competition, tmp_path):
         assert (run.status, run.reused) == ("ok", False)
 
 
-def test_the_nanny_misses_nothing_that_moves(tmp_path):
-    """A directory that is renamed all the time is counted at every look, and the process that does
-    it goes on afterwards."""
-    (tmp_path / "0" / "below").mkdir(parents=True)
+def test_a_machine_without_room_for_a_moment_runs_the_script_then(competition, tmp_path):
+    with Sandbox(1, scratch=str(tmp_path), attempts=9, **LIGHT) as sandbox:
+        root = Path(sandbox.hello["root"])
+        root.rename(tmp_path / "away")
+        threading.Timer(0.2, (tmp_path / "away").rename, [root]).start()
+        assert sandbox.run(competition, GOOD).status == "ok"
+
+
+def test_the_nanny_misses_nothing_that_moves(tmp_path, monkeypatch):
+    """A directory that is moved all the time is counted at every look, and the process that does it
+    goes on afterwards."""
+    monkeypatch.setattr(module, "STOP_SECONDS", 60.0)
+    for place in "012":
+        (tmp_path / place).mkdir()
+    (tmp_path / "0" / "below").mkdir()
     (tmp_path / "0" / "below" / "large").write_bytes(bytes(3 << 20))
-    code = "import itertools, os\nfor i in itertools.count(): os.rename(str(i % 9), str((i + 1) % 9))"
+    code = ("import itertools, os\n"
+            "for i in itertools.count(): os.rename(f'{i % 3}/below', f'{(i + 1) % 3}/below')")
     request = {"uid": 0, "memory_mb": 1000, "cpu_seconds": 1000, "max_threads": 9, "disk_mb": 2}
     directory = os.open(tmp_path, os.O_RDONLY)
     with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path) as renamer:
         try:
-            assert wait_until(lambda: not (tmp_path / "0").exists())
+            assert wait_until(lambda: not (tmp_path / "0" / "below").exists())
             for _ in range(50):
                 found = module._broken_limit(request, renamer.pid, str(tmp_path), directory, 0)
                 assert found == "disk"

@@ -672,6 +672,14 @@ except OSError:
     NOTHING,
 )
 attack(
+    "timers that undo a stop",
+    """
+event = ctypes.create_string_buffer(64)
+attempt(call, 222, 107, 0, event, ctypes.create_string_buffer(8))""",
+    NOTHING,
+    layer="seccomp",
+)
+attack(
     "ignore signals and spin",
     """
 import signal
@@ -778,6 +786,17 @@ except MemoryError:
     "memory",
 )
 attack(
+    "memory after the first thread's end",
+    """
+import threading, time
+def fill():
+    keep = [bytearray(b'x') * (16 << 20) for _ in range(40)]
+    time.sleep(5)
+threading.Thread(target=fill).start()
+call(60, 93, 0)""",
+    "memory",
+)
+attack(
     "memory, shared maps",
     "import mmap, time\nkeep = []\nwhile True:\n    m = mmap.mmap(-1, 32 << 20); "
     "m.write(b'x' * (32 << 20)); keep.append(m)",
@@ -853,6 +872,20 @@ for i in range(200):
     with open(os.open(f'f{i}', os.O_CREAT | os.O_WRONLY, dir_fd=here), 'wb') as f:
         f.write(bytes(8 << 20))
 time.sleep(5)""",
+    "error",
+    reason="disk",
+)
+attack(
+    "disk, unlinked files after the first thread's end",
+    """
+import threading, time
+def fill():
+    keep = []
+    for i in range(200):
+        f = open('x', 'wb'); f.write(bytes(8 << 20)); f.flush(); os.unlink('x'); keep.append(f)
+    time.sleep(5)
+threading.Thread(target=fill).start()
+call(60, 93, 0)""",
     "error",
     reason="disk",
 )
