@@ -968,7 +968,9 @@ def rollout_main(config: Config, rank: int, address, key: bytes) -> None:
     from transformers import AutoTokenizer
 
     scratch = scratch_folder("rollout")
-    boxes = scratch_folder("sandbox", config.sandbox_slots * config.disk_mb * 2**20)
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each may come to need as much
+    boxes = scratch_folder("sandbox",
+                           ranks_here * config.sandbox_slots * config.disk_mb * 2**20)
     start_guard([scratch, boxes])
     connect = connect_queues(address, key)
     doing = {"now": lambda: "starts its engine"}
