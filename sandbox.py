@@ -482,7 +482,8 @@ def _load_grader(grade_fn: str, directory: Path) -> Callable:
 
 # -- Reading a submission: hostile bytes, checked before pandas may see them ----------------------
 
-_NUMBER = re.compile(r"\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*", re.ASCII)
+# No two parts of it match the same digits: \d+\.?\d* would take hours to refuse a long word.
+_NUMBER = re.compile(r"\s*[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?\s*", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -782,14 +783,14 @@ _ALLOW = """
     poll:7:- lseek:8:62 readv:19:65 writev:20:66 pread64:17:67 pwrite64:18:68 preadv:295:69
     pwritev:296:70 preadv2:327:286 pwritev2:328:287 sendfile:40:71 copy_file_range:326:285
     splice:275:76 tee:276:77 access:21:- faccessat:269:48 faccessat2:439:439
-    mmap:9:222 mprotect:10:226 munmap:11:215 brk:12:214 mremap:25:216 msync:26:227 mincore:27:232
+    mprotect:10:226 munmap:11:215 brk:12:214 mremap:25:216 msync:26:227 mincore:27:232
     madvise:28:233 mlock:149:228 munlock:150:229 mlock2:325:284 membarrier:324:283
     get_mempolicy:239:236 dup:32:23 dup2:33:- dup3:292:24 pipe:22:- pipe2:293:59 select:23:-
     pselect6:270:72 ppoll:271:73 flock:73:32 epoll_create:213:- epoll_create1:291:20
     epoll_ctl:233:21 epoll_wait:232:- epoll_pwait:281:22 eventfd:284:- eventfd2:290:19
     signalfd4:289:74 timerfd_create:283:85 timerfd_settime:286:86 timerfd_gettime:287:87
     sendto:44:206 recvfrom:45:207 shutdown:48:210
-    fsync:74:82 fdatasync:75:83 ftruncate:77:46 fallocate:285:47 sync_file_range:277:84
+    fsync:74:82 fdatasync:75:83 ftruncate:77:46 sync_file_range:277:84
     fadvise64:221:223 readahead:187:213 getdents:78:- getdents64:217:61 getcwd:79:17 chdir:80:49
     fchdir:81:50 statfs:137:43 fstatfs:138:44 rename:82:- renameat:264:38 renameat2:316:276
     mkdir:83:- mkdirat:258:34 rmdir:84:- creat:85:- link:86:- linkat:265:37 unlink:87:-
@@ -812,10 +813,13 @@ _PRETEND = """
     chmod:90:- fchmod:91:52 fchmodat:268:53 fchmodat2:452:452 utimensat:280:88 utime:132:-
     utimes:235:- futimesat:261:-
 """
-_NO_XATTR = """
+# Not supported: shutil.copy2 goes on without extended attributes, and posix_fallocate writes, which
+# takes longer than to fill a disk between two of the nanny's looks.
+_UNSUPPORTED = """
+    fallocate:285:47
     setxattr:188:5 lsetxattr:189:6 fsetxattr:190:7 getxattr:191:8 lgetxattr:192:9
     fgetxattr:193:10 listxattr:194:11 llistxattr:195:12 flistxattr:196:13
-"""  # shutil.copy2 goes on after ENOTSUP
+"""
 # "Not there" rather than "not permitted" makes callers fall back: clone3 hides its flags from the
 # filter, clone shows them; memfd_create makes memory that no limit sees.
 _MISSING = """
@@ -823,10 +827,13 @@ _MISSING = """
 """
 _GPU_ALLOW = """
     ioctl:16:29 memfd_create:319:279 mbind:237:235 set_mempolicy:238:237 sched_setaffinity:203:122
+    mmap:9:222
 """
 
 _PID = 0x5EEDC0DE  # stands for the worker's pid until the filter is installed
-_CLONE_THREAD, _NAMESPACES = 0x10400, 0x7E020080  # THREAD and FILES: /proc shows its descriptors
+_CLONE_THREAD = 0x10400  # THREAD, and FILES: /proc shows its descriptors
+_CLONE_DENIED = 0x7E024080  # namespaces; VFORK: a thread that waits for another cannot be stopped
+_SHARED_ANONYMOUS = 0x21  # its pages stay when it is unmapped but for one: no limit sees them
 _TRUNC, _ACCESS_MODE, _TMPFILE = 0x200, 3, 0x400000
 # Landlock 1 and 2 miss O_RDONLY | O_TRUNC; an O_TMPFILE would hide from the disk limit.
 _OPEN = (_TRUNC | _ACCESS_MODE, (_TRUNC,), False), (_TMPFILE, (0,), True)
@@ -834,9 +841,11 @@ _OPEN = (_TRUNC | _ACCESS_MODE, (_TRUNC,), False), (_TMPFILE, (0,), True)
 _CONDITIONS = {
     "open:2:-": tuple((1, *condition) for condition in _OPEN),
     "openat:257:56": tuple((2, *condition) for condition in _OPEN),
-    "clone:56:220": ((0, _CLONE_THREAD | _NAMESPACES, (_CLONE_THREAD,), True),),  # only threads
-    "kill:62:129": ((0, ~0, (_PID,), True),),  # only oneself
-    "tgkill:234:131": ((0, ~0, (_PID,), True),),
+    "clone:56:220": ((0, _CLONE_THREAD | _CLONE_DENIED, (_CLONE_THREAD,), True),),  # only threads
+    "mmap:9:222": ((3, _SHARED_ANONYMOUS, (_SHARED_ANONYMOUS,), False),),
+    # only oneself; and what the nanny has stopped stays so
+    "kill:62:129": ((0, ~0, (_PID,), True), (1, ~0, (signal.SIGCONT,), False)),
+    "tgkill:234:131": ((0, ~0, (_PID,), True), (2, ~0, (signal.SIGCONT,), False)),
     "prlimit64:302:261": ((0, ~0, (0, _PID), True),),
     "prctl:157:167": ((0, ~0, (15, 16, 0x53564D41), True),),  # names; not PDEATHSIG, DUMPABLE, ...
     "fcntl:72:25": ((1, ~0, (*range(8), 36, 37, 38, 1030, 1032), True),),  # not F_SETOWN, F_SETSIG
@@ -865,7 +874,7 @@ def seccomp_program(machine: str, gpu: bool = False) -> bytes:
     if machine == "x86_64":
         program += do(at_least, 0x40000000, 0, 1) + give(kill)
     tables = [(_GPU_ALLOW, allow)] if gpu else []
-    tables += [(_ALLOW, allow), (_PRETEND, fail), (_NO_XATTR, fail | errno.ENOTSUP)]
+    tables += [(_ALLOW, allow), (_PRETEND, fail), (_UNSUPPORTED, fail | errno.ENOTSUP)]
     for table, answer in [*tables, (_MISSING, fail | errno.ENOSYS)]:
         for number in numbers(table):
             program += do(equal, number, 0, 1) + give(answer)
@@ -894,8 +903,8 @@ def _install_seccomp(program: bytes) -> None:
 
 # -- The worker: a fork that gives up everything, proves it, and becomes the script ---------------
 
-POLL_SECONDS = 0.1  # how often the nanny looks at memory, CPU, threads and disk
-STOP_SECONDS = 1.0  # how long the script may take to stand still for the look at its files
+POLL_SECONDS = 0.1  # mean time between the nanny's looks at memory, CPU, threads and disk
+STOP_SECONDS = 0.1  # how long a script may take to stand still for a look
 KILL_SECONDS = 10.0  # how long SIGKILL may take before a slot is given up
 MAX_FILES = 10_000  # files and directories in a work directory
 MAX_DEPTH = 64  # nested directories
@@ -1182,7 +1191,8 @@ def _watch(
             killed = "timeout"
         elif now >= next_look:
             killed = _broken_limit(request, worker, work, directory, inherited)
-            next_look = time.monotonic() + POLL_SECONDS
+            # Not to be foreseen: a script could keep the limits at the looks alone.
+            next_look = time.monotonic() + random.SystemRandom().uniform(0, 2 * POLL_SECONDS)
     seconds = time.monotonic() - start
     status, usage = _kill_children([worker]).get(worker, (None, None))
     for descriptor, output in outputs.items():  # everyone is dead: this is the last of it
@@ -1231,31 +1241,27 @@ def _broken_limit(
     request: dict, worker: int, work: str, directory: int, inherited: int
 ) -> str:
     """The name of the limit that the run has broken, "" for none."""
-    try:
-        _, facts = _living_thread(worker)
-    except OSError:
-        return ""  # just gone: the pidfd says so as well
-    if facts["memory"] - inherited > request["memory_mb"] << 20:
-        return "memory"
-    if facts["cpu"] > request["cpu_seconds"]:
-        return "cpu"
-    if facts["threads"] > request["max_threads"]:
-        return "threads"
     stopped_itself = _stopped(worker, 0.0)
     os.kill(worker, signal.SIGSTOP)  # we could miss what moves
     try:
-        if not _stopped(worker, STOP_SECONDS):
-            return ""  # it has just ended, or hangs in the kernel: the next look tells
-        size, files = _disk_usage(directory)
-        size += _unlinked_usage(_living_thread(worker)[0], request["uid"], work)
-    except OSError:  # what cannot be listed; or it was killed meanwhile
-        return "files" if _stopped(worker, 0.0) else ""
+        _stopped(worker, STOP_SECONDS)  # a thread that is busy in the kernel is not waited for
+        thread, facts = _living_thread(worker)
+        if facts["memory"] - inherited > request["memory_mb"] << 20:
+            return "memory"
+        if facts["cpu"] > request["cpu_seconds"]:
+            return "cpu"
+        if facts["threads"] > request["max_threads"]:
+            return "threads"
+        limit, (size, files) = request["disk_mb"] << 20, _disk_usage(directory)
+        if files > MAX_FILES:
+            return "files"
+        over = size > limit or size + _unlinked_usage(thread, request["uid"], work) > limit
+        return "disk" if over else ""
+    except OSError:
+        return ""  # it has just ended, the pidfd says so as well; or it moved: the next look tells
     finally:
         if not stopped_itself:
             os.kill(worker, signal.SIGCONT)
-    if files > MAX_FILES:
-        return "files"
-    return "disk" if size > request["disk_mb"] << 20 else ""
 
 
 def _stopped(worker: int, patience: float) -> bool:
@@ -1271,7 +1277,8 @@ def _stopped(worker: int, patience: float) -> bool:
 
 def _disk_usage(directory: int, depth: int = 0) -> tuple[int, int]:
     """(bytes, files) below an open directory; no path, which can be too long, no link followed.
-    Stops early when they are too many or too deep. Raises OSError for what cannot be listed."""
+    Stops early when they are too many, too deep, or cannot be listed. Raises OSError where something
+    vanishes meanwhile."""
     size = files = 0
     with os.scandir(directory) as entries:
         for entry in entries:
@@ -1281,7 +1288,10 @@ def _disk_usage(directory: int, depth: int = 0) -> tuple[int, int]:
                 if depth == MAX_DEPTH:
                     return size, MAX_FILES + 1
                 flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
-                below = os.open(entry.name, flags, dir_fd=directory)
+                try:
+                    below = os.open(entry.name, flags, dir_fd=directory)
+                except PermissionError:
+                    return size, MAX_FILES + 1
                 try:
                     more = _disk_usage(below, depth + 1)
                 finally:

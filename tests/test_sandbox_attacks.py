@@ -672,8 +672,15 @@ except OSError:
     NOTHING,
 )
 attack(
-    "timers that undo a stop",
+    "threads that wait for another cannot be stopped",
+    "attempt(call, 56, 220, 0x3D4F00, 0, 0, 0, 0)",
+    NOTHING,
+)
+attack(
+    "signals and timers that undo a stop",
     """
+import signal
+attempt(os.kill, os.getpid(), signal.SIGCONT); attempt(signal.raise_signal, signal.SIGCONT)
 event = ctypes.create_string_buffer(64)
 attempt(call, 222, 107, 0, event, ctypes.create_string_buffer(8))""",
     NOTHING,
@@ -803,6 +810,12 @@ attack(
     "memory error",
 )
 attack(
+    "memory, shared and anonymous",
+    "import mmap\nattempt(mmap.mmap, -1, 4096)",
+    NOTHING,
+    layer="seccomp",
+)
+attack(
     "memory, memfd",
     "fd = attempt(os.memfd_create, 'x')\nif fd:\n"
     "    for _ in range(8): os.write(fd, bytes(1 << 20))",
@@ -888,6 +901,23 @@ threading.Thread(target=fill).start()
 call(60, 93, 0)""",
     "error",
     reason="disk",
+)
+attack(
+    "disk, threads that are always in the kernel",
+    """
+import threading, time
+data, files, end = bytes(60 << 20), [open(n, 'wb') for n in 'ab'], time.time() + 20
+def fill(file):
+    while time.time() < end: os.pwrite(file.fileno(), data, 0)
+for i in range(40): threading.Thread(target=fill, args=(files[i % 2],)).start()""",
+    "error",
+    reason="disk",
+)
+attack(
+    "disk, space without writing",
+    "f = open('x', 'wb'); attempt(call, 285, 47, f.fileno(), 1, 0, 1 << 20)",
+    NOTHING,
+    layer="seccomp",
 )
 attack(
     "disk, O_TMPFILE", "attempt(os.open, '.', os.O_TMPFILE | os.O_RDWR)", NOTHING, layer="seccomp"
