@@ -1698,7 +1698,7 @@ class Sandbox:
                 self._control.shutdown(socket.SHUT_RDWR)
             self._changed.notify_all()
         if self._process:
-            self._keeper.join(KILL_SECONDS + 5)
+            self._keeper.join(60)  # a machine without time to spare cleans up slowly
 
     @property
     def isolation(self) -> str:
