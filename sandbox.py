@@ -44,12 +44,13 @@ Covered (tests/test_sandbox_attacks.py attacks each):
 - Resources: CPU, wall clock, memory, file size, disk, inodes, threads, descriptors, output.
 - Network and odd kernel interfaces: system calls are denied unless listed; foreign ABIs are fatal.
 Not covered: kernel exploits; CPU and cache timing; stat() metadata (that a path exists, its size
-and times: keep private directories 0700); what a run uses between two polls (POLL_SECONDS);
-contention within the limits; GPU memory between jobs (`gpus` opens /dev/nvidia* and ioctl); process
-pools (fork is denied: joblib runs in threads, DataLoader needs num_workers=0); systems other than
-Linux on x86_64 or aarch64 (refused: use a VM or a container). Scripts can read whatever lies in the
-Python prefix, scikit-learn's bundled data included: a competition must not be a copy of it. Links
-in the public data that lead out of it are not followed.
+and times: keep private directories 0700); what a run uses between two looks (POLL_SECONDS), for
+each of which it stands still, so that a long write to a pipe may come back short; contention within
+the limits; with `gpus` memory that is shared and anonymous, what a job leaves in the GPU's, and any
+ioctl on /dev/nvidia*; process pools (fork is denied: joblib runs in threads, DataLoader needs
+num_workers=0); systems other than Linux on x86_64 or aarch64 (refused: use a VM or a container).
+Scripts can read whatever lies in the Python prefix, scikit-learn's bundled data included: a
+competition must not be a copy of it. Links in the public data that lead out of it are not followed.
 
 Run alone:
     python sandbox.py run --competition DIR script.py [--timeout S]
