@@ -804,9 +804,9 @@ call(60, 93, 0)""",
     "memory",
 )
 attack(
-    "memory, shared maps",
-    "import mmap, time\nkeep = []\nwhile True:\n    m = mmap.mmap(-1, 32 << 20); "
-    "m.write(b'x' * (32 << 20)); keep.append(m)",
+    "memory, maps",
+    "import mmap, time\nkeep, flags = [], mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS\nwhile True:\n"
+    "    m = mmap.mmap(-1, 32 << 20, flags=flags); m.write(b'x' * (32 << 20)); keep.append(m)",
     "memory error",
 )
 attack(
@@ -1056,7 +1056,7 @@ attack(
     "32-bit calls",
     """
 import mmap
-page = mmap.mmap(-1, 4096, prot=7)
+page = mmap.mmap(-1, 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=7)
 page.write(bytes.fromhex('b814000000cd80c3'))
 ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(page)))()
 print('BREACH')""",
