@@ -136,6 +136,12 @@ def test_without_a_fault(world):
     assert world.dir.stat().st_mode & 0o777 == 0o700
 
 
+def test_a_competition_without_description_has_a_probe_all_the_same(world):
+    for path in world.folder.glob("competitions/*/description.md"):
+        path.write_text("")
+    assert len(world.start(steps=2).probe) >= 2
+
+
 # -- parts that die: the run stops with an error that says which, and a resume loses nothing
 
 
