@@ -798,7 +798,8 @@ _ALLOW = """
     unlinkat:263:35 symlink:88:- symlinkat:266:36 readlink:89:- readlinkat:267:78 umask:95:166
     rt_sigaction:13:134 rt_sigprocmask:14:135 rt_sigreturn:15:139 rt_sigpending:127:136
     rt_sigtimedwait:128:137 rt_sigsuspend:130:133 sigaltstack:131:132 pause:34:- alarm:37:-
-    getitimer:36:102 setitimer:38:103 nanosleep:35:101 clock_nanosleep:230:115 clock_gettime:228:113 clock_getres:229:114
+    getitimer:36:102 setitimer:38:103 nanosleep:35:101 clock_nanosleep:230:115
+    clock_gettime:228:113 clock_getres:229:114
     gettimeofday:96:169 time:201:- getpid:39:172 gettid:186:178 getppid:110:173 getpgrp:111:-
     getpgid:121:155 getsid:124:156 getuid:102:174 getgid:104:176 geteuid:107:175 getegid:108:177
     getresuid:118:148 getresgid:120:150 getgroups:115:158 capget:125:90 uname:63:160
@@ -1128,14 +1129,7 @@ def _nanny(setup: Setup, channel: socket.socket) -> None:
 
     try:
         try:
-            os.mkdir(work, 0o700)
-            directory = os.open(work, os.O_RDONLY | os.O_DIRECTORY)  # ours, whatever becomes of it
-            Path(work, "script.py").write_text(request["code"], encoding="utf-8")
-            Path(work, "tmp").mkdir()
-            Path(work, "input").symlink_to(request["public"])
-            if request["uid"]:
-                for name in ("", "tmp", "script.py"):
-                    os.chown(os.path.join(work, name), request["uid"], request["uid"])
+            directory = _prepare(request, work)
             pipes = [os.pipe() for _ in range(3)]
             worker = os.fork()
         except OSError as error:  # no room, no process: not the script's doing
@@ -1154,7 +1148,21 @@ def _nanny(setup: Setup, channel: socket.socket) -> None:
         remove_tree(work)
 
 
+def _prepare(request: dict, work: str) -> int:
+    """Make the script's directory; returns a descriptor that is ours, whatever becomes of it."""
+    os.mkdir(work, 0o700)
+    directory = os.open(work, os.O_RDONLY | os.O_DIRECTORY)
+    Path(work, "script.py").write_text(request["code"], encoding="utf-8")
+    Path(work, "tmp").mkdir()
+    Path(work, "input").symlink_to(request["public"])
+    if request["uid"]:
+        for name in ("", "tmp", "script.py"):
+            os.chown(os.path.join(work, name), request["uid"], request["uid"])
+    return directory
+
+
 def _not_started(error: OSError) -> dict:
+    """The facts of a run that the machine kept from beginning."""
     return {"killed": "refused", "said": f"{type(error).__name__}: {_one_line(error)}"}
 
 
@@ -1238,9 +1246,7 @@ def _living_thread(pid: int) -> tuple[int, dict]:
     raise ProcessLookupError(pid)
 
 
-def _broken_limit(
-    request: dict, worker: int, work: str, directory: int, inherited: int
-) -> str:
+def _broken_limit(request: dict, worker: int, work: str, directory: int, inherited: int) -> str:
     """The name of the limit that the run has broken, "" for none."""
     stopped_itself = _stopped(worker, 0.0)
     os.kill(worker, signal.SIGSTOP)  # we could miss what moves
@@ -1278,7 +1284,7 @@ def _stopped(worker: int, patience: float) -> bool:
 
 def _disk_usage(directory: int, depth: int = 0) -> tuple[int, int]:
     """(bytes, files) below an open directory; no path, which can be too long, no link followed.
-    Stops early when they are too many, too deep, or cannot be listed. Raises OSError where something
+    Stops early when they are too many, too deep, or cannot be listed. Raises OSError where one
     vanishes meanwhile."""
     size = files = 0
     with os.scandir(directory) as entries:

@@ -1803,7 +1803,7 @@ def main(argv: list[str] | None = None) -> int:
         if rank > 0 and isinstance(error, (EOFError, ConnectionError)):
             print(f"rank {rank}: the connection to rank 0 is lost", file=sys.stderr, flush=True)
         elif rank == 0 and config and isinstance(error, OSError):  # a full disk, most of all
-            where = Path(error.filename or config.run_dir).absolute()
+            where = Path(str(error.filename or config.run_dir)).absolute()
             beside = next(p for p in where.parents if p.exists())
             say(f"train.py: {error} ({shutil.disk_usage(beside).free / 1e9:.1f} GB are free in "
                 f"{beside}); {how_to_go_on(config)}")

@@ -77,8 +77,8 @@ def test_functions_that_are_named_exist():
 def test_flags_that_are_named_exist():
     known = {f.name.replace("_", "-") for f in dataclasses.fields(train.Config)}
     others = {"resume", "dry-run", "help", "nproc_per_node", "nnodes", "node-rank",
-              "master-addr", "master-port", "max-restarts",  # torchrun's; and pip's --no-deps
-              "deps"}
+              "master-addr", "master-port", "max-restarts",  # of torchrun
+              "deps"}  # --no-deps, of pip
     files = (*ROOT.glob("*.py"), *(ROOT / "examples").glob("*.py"))
     sources = "".join(p.read_text() for p in files)
     for flag in set(re.findall(r"(?<![\w-])--([a-z][a-z_-]+)", TEXT)):

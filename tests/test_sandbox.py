@@ -1239,7 +1239,10 @@ NO_LANDLOCK = (
             "more than one thread",
         ),
         (
-            ("                pid = os.fork()\n", "                raise BlockingIOError(11, 'full')\n"),
+            (
+                "                pid = os.fork()\n",
+                "                raise BlockingIOError(11, 'full')\n",
+            ),
             "could not be started in isolation: BlockingIOError: [Errno 11] full",
         ),
     ],

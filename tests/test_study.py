@@ -117,8 +117,9 @@ def test_a_study_from_start_to_end_and_nothing_to_do_the_second_time(folders, tm
     assert [value["--model"] for value in evaluated] == [str(folders)] + [
         str(tmp_path / name / "policy") for name in ("full-0", "no-buffer-0", "full-1",
                                                      "no-buffer-1")]
-    assert all((value["--retries"], value["--cpu-seconds"], value["--output-chars"],
-                value["--max-response-tokens"]) == ("5", "7.0", "200", "700") for value in evaluated)  # the prompts that it trained on
+    asked = "--retries", "--cpu-seconds", "--output-chars", "--max-response-tokens"
+    assert all([value[flag] for flag in asked] == ["5", "7.0", "200", "700"]
+               for value in evaluated)  # the prompts and lengths that it trained on
     table = (tmp_path / "table.md").read_text()
     row = next(line for line in table.splitlines() if "no buffer" in line)
     assert "| no buffer: drafts only | 2 | 0.605 ± 0.000 | -0.100 [-0.100, -0.100] |" in row
