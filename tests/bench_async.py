@@ -7,11 +7,13 @@
 Two runs of train.py with the same seed and the same number of learner steps. Scripts are made slow
 without using the machine: each sleeps in its slot first (--sandbox-delay, exponential). The policy
 has 27 million parameters, so that a learner step is as long as a rollout stage; with the 2 million
-of data/policy it is a tenth of it, and there would be little to overlap. Where `wait` and `learn`
-of the synchronous run differ much, another --delay makes them alike. Its learning rate is 3e-4:
-with the 1e-3 of the small policy, two versions of staleness are too much for it (a KL divergence
-of 0.2 to 0.9 between the versions; valid scripts 0 % from step 8 on, where synchronous training had
-57 %).
+of data/policy it is a tenth of it, and there would be little to overlap. Of the competitions it
+takes the six whose scripts need the least CPU time (LIGHT), so that it is their sleep that makes
+them slow; those of all competitions would keep two cores busy for longer than a learner step.
+Where `wait` and `learn` of the synchronous run differ much, another --delay makes them alike. The
+learning rate is 3e-4: with the 1e-3 of the small policy, two versions of staleness are too much for
+it (a KL divergence of 0.2 to 0.9 between the versions; valid scripts 0 % from step 8 on, where
+synchronous training had 57 %).
 
 Printed: seconds of each stage and of a step, what the frozen policies' drafts are worth, the ratio
 of the wall-clocks, and the ideal: with stages R (waiting for a batch) and L (learning, publishing)
@@ -32,6 +34,7 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
+LIGHT = "auction-clocks clinic-progression kiln-cracks meter-parity rail-wear ticket-glyphs".split()
 sys.path.insert(0, str(ROOT))
 from train import die_with_parent, read_jsonl  # noqa: E402
 
@@ -39,9 +42,11 @@ from train import die_with_parent, read_jsonl  # noqa: E402
 def run(eta: int, folder: Path, args: argparse.Namespace) -> dict[str, float]:
     """One training run: means over its steps, and its final quality."""
     command = [sys.executable, ROOT / "train.py", "--preset", "tiny", "--model", args.model,
-               "--run-dir", folder, "--heldout", "", "--steps", args.steps, "--max-staleness", eta,
+               "--competitions", folder.parent / "competitions", "--heldout", "",
+               "--run-dir", folder, "--steps", args.steps, "--max-staleness", eta,
                "--learning-rate", 3e-4,
                "--sandbox-delay", args.delay, "--sandbox-slots", args.slots, "--reuse-mb", 0,
+               "--timeout", 30,  # slots share cores: no script fails for its neighbours' work
                "--eval-drafts", args.drafts, "--checkpoint-every", args.steps, *args.flags]
     subprocess.run([str(word) for word in command], check=True, preexec_fn=die_with_parent)
     return measure(folder)
@@ -74,15 +79,19 @@ def main() -> None:
     add = parser.add_argument
     add("--model", default="data/policy-27m", help="the policy, see above")
     add("--steps", type=int, default=16, help="learner steps of each run")
-    add("--delay", type=float, default=1.5, help="mean sleep before a script, seconds")
+    add("--delay", type=float, default=2.0, help="mean sleep before a script, seconds")
     add("--slots", type=int, default=24, help="scripts that sleep or run at the same time")
-    add("--drafts", type=int, default=16, help="drafts per competition, for the final quality")
+    add("--drafts", type=int, default=48, help="drafts per competition, for the final quality")
     words = sys.argv[1:]
     cut = words.index("--") if "--" in words else len(words)
     args = parser.parse_args(words[:cut])
     args.flags = words[cut + 1:]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the folder goes as well
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        competitions = Path(folder) / "competitions"
+        competitions.mkdir()
+        for name in LIGHT:
+            (competitions / name).symlink_to(ROOT / "data/competitions/train" / name)
         results = {eta: run(eta, Path(folder) / f"eta-{eta}", args) for eta in (0, 2)}
     print("\nmeans over the steps, seconds; quality of the frozen policy's drafts after training")
     print(f"{'eta':>4}" + "".join(f"{name:>11}" for name in results[0]))
