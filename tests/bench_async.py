@@ -8,8 +8,8 @@ Two runs of train.py with the same seed and the same number of learner steps. Sc
 without using the machine: each sleeps in its slot first (--sandbox-delay, exponential). The policy
 has 27 million parameters, so that a learner step is as long as a rollout stage; with the 2 million
 of data/policy it is a tenth of it, and there would be little to overlap. Of the competitions it
-takes the six whose scripts need the least CPU time (LIGHT), so that it is their sleep that makes
-them slow; those of all competitions would keep two cores busy for longer than a learner step.
+takes the six whose scripts took the least time in a synchronous run on all (LIGHT), so that it is
+their sleep that makes them slow; those of all would keep two cores busy beyond a learner step.
 Where `wait` and `learn` of the synchronous run differ much, another --delay makes them alike. The
 learning rate is 3e-4: with the 1e-3 of the small policy, two versions of staleness are too much for
 it (a KL divergence of 0.2 to 0.9 between the versions; valid scripts 0 % from step 8 on, where
