@@ -10,7 +10,7 @@ a known outcome behind; that script is the starting point of the next step:
 What is the paper's and what is ours:
  1. [paper] Execution traces are repurposed as training tasks.
  2. [ours]  Which ones: a failed trace opens a `debug` task; a valid trace with headroom left
-            (base reward < 1 - headroom) opens an `improve` task; a trace without code opens none.
+            (base reward < 1 - min_headroom) opens an `improve` task; a trace without code opens none.
  3. [ours]  Duplicates merge: one task for each (competition, operator, code_key of the parent).
  4. [ours]  Diversity: at most k new tasks a group. Valid and failed parents take turns; valid ones
             best first and of distinct reward, failed ones of distinct error type.
@@ -85,7 +85,9 @@ class Trace:
     finish_reason: str = "stop"  # stop | length
     code: str = ""  # "" when the response holds none
     code_key: str = ""  # digest of the normalised code: equal keys are the same script
-    status: str = ""  # ok | error | timeout | memory | no_submission | invalid | refused
+    # ok | error | timeout | memory | no_submission | invalid: the grader refused the submission |
+    # refused: the sandbox did not run it
+    status: str = ""
     exit_code: int | None = None
     seconds: float = 0.0  # wall-clock of the execution
     output: str = ""  # its tail, as a debug prompt shows it
@@ -207,8 +209,8 @@ def crossing_id(one: Trace, other: Trace) -> str:
 class Group:
     """The G traces of one task, rolled out together: GRPO's unit.
 
-    `epoch` counts the starts of a run: groups of an earlier epoch that were not trained on before
-    a resume feed the curriculum, but their policy belongs to an abandoned line of training.
+    `epoch` counts how often a run was resumed: groups of an earlier epoch that were not trained on
+    before a resume feed the curriculum, but their policy belongs to an abandoned line of training.
     """
 
     task: Task
@@ -306,7 +308,7 @@ class Change(NamedTuple):
     epoch: int | None  # of the group; None when the record only takes a task out
     task_id: str
     rewards: np.ndarray  # (G,); empty when the record only takes a task out
-    failed: float  # Group.failed; then 0
+    failed: float  # Group.failed; 0 when the record only takes a task out
     admitted: list[Task]
     evicted: list[str]
 
@@ -326,19 +328,20 @@ class EvolvingBuffer:
         children_per_group: k, the most tasks that one group adds.
         frontier: `improve` tasks of a competition that stay, the newest; 0: no limit. One in flight
             stays until a later group of its competition.
-        headroom: a valid trace opens an `improve` task only while base_reward < 1 - headroom.
+        min_headroom: a valid trace opens an `improve` task only while its base reward leaves
+            more than this to gain.
         enabled: False admits nothing: the ablation `--no-buffer`. Groups are logged all the same.
-        crossover: also admit tasks with two parents.
+        crossover: also admit tasks with two parents, one a group; it takes one of k >= 2 places.
         log_path: JSON lines, one a group; None keeps no log. An existing log has to be replayed
             before the first `add`.
 
     Raises:
         ValueError: no or repeated competitions, a capacity that does not hold the roots, a negative
-            limit, or a headroom outside [0, 1].
+            limit, or a min_headroom outside [0, 1].
     """
 
     def __init__(self, competition_ids: Iterable[str], capacity: int = 4096, max_depth: int = 16,
-                 children_per_group: int = 3, frontier: int = 8, headroom: float = 0.05,
+                 children_per_group: int = 3, frontier: int = 8, min_headroom: float = 0.05,
                  enabled: bool = True, crossover: bool = False,
                  log_path: str | os.PathLike | None = None):
         self.competition_ids = list(competition_ids)
@@ -352,13 +355,13 @@ class EvolvingBuffer:
         if min(max_depth, children_per_group, frontier) < 0:
             raise ValueError(f"below 0: max_depth {max_depth}, children_per_group "
                              f"{children_per_group} or frontier {frontier}")
-        if not 0 <= headroom <= 1:
-            raise ValueError(f"headroom has to be in [0, 1]: {headroom}")
+        if not 0 <= min_headroom <= 1:
+            raise ValueError(f"min_headroom has to be in [0, 1]: {min_headroom}")
         self.capacity = capacity
         self.max_depth = max_depth
         self.children_per_group = children_per_group
         self.frontier = frontier
-        self.headroom = headroom
+        self.min_headroom = min_headroom
         self.enabled = enabled
         self.crossover = crossover
         self.log_path = log_path
@@ -383,7 +386,8 @@ class EvolvingBuffer:
 
     def add(self, group: Group, score: Callable[[str], float] | None = None,
             protected: Container[str] = ()) -> tuple[list[Task], list[str]]:
-        """Learn from a finished group: admit children of its traces, evict what no longer fits.
+        """Learn from a finished group: admit children of its traces, evict what no longer fits
+        (at capacity, a 64th of it at once).
 
         Args:
             group: its task may have been evicted meanwhile; its competition must be known.
@@ -472,14 +476,14 @@ class EvolvingBuffer:
         if not self.enabled or not trace.code or task.depth >= self.max_depth:
             return False
         if trace.valid:
-            return trace.base_reward < 1.0 - self.headroom
+            return trace.base_reward < 1.0 - self.min_headroom
         return trace.status != "refused"  # the sandbox's failure, not the script's
 
     def _crossing(self, group: Group) -> list[tuple[int, str]]:
         """At most one pair: position of the group's best valid trace, task that holds the best
         script to cross it with."""
         traces = [t for t in group.traces if t.valid and self._opens_task(group.task, t)]
-        if not self.crossover or not self.children_per_group or not traces:
+        if not self.crossover or self.children_per_group < 2 or not traces:
             return []
         trace = max(traces, key=lambda t: t.base_reward)
         partners = [task for task in map(self.tasks.get, self._improve[trace.competition_id])

@@ -97,19 +97,22 @@ def best_of(rewards: Tensor, k: int, claims: Tensor | None = None) -> Tensor:
     An agent that asks for k responses keeps the one with the highest claim. Draw k - 1 of the
     group's others at random, and let j be the one of these that claims most: response i adds
     r_i - r_j where it claims more than j, else nothing. The result is the mean over all draws.
-    Taken as rewards, these make the policy gradient 1/k times that of the expected reward of the
-    chosen response, instead of that of the mean response. A policy that gives one answer gets
-    nothing for giving it again; one that is right where the others fail gets all of it; one that
-    claims too much pays for what it pushes out.
+    With V_k the expected reward of the chosen response, the sum over a group of what they add times
+    the gradient of log pi has the expectation G/k grad V_k; less the group's mean, as
+    `group_advantages` returns it, (G/k - 1) grad V_k + grad V_(k-1), for their mean is an estimate
+    of V_k - V_(k-1). A policy that gives one answer gets nothing for giving it again; one that is
+    right where the others fail gets all of it; one that claims too much pays for what it pushes
+    out.
 
     Args:
-        rewards: (B, G).
+        rewards: (B, G) finite.
         k: 1 gives the rewards back, at most G.
-        claims: (B, G) what is known of the responses when one is chosen; of equal ones the later
-            in the group counts as higher. None: the rewards, so that the best is chosen.
+        claims: (B, G) what is known of the responses when one is chosen, -inf included; of equal
+            ones the later in the group counts as higher. None: the rewards, so that the best is
+            chosen.
 
     Raises:
-        ValueError: k is not in [1, G].
+        ValueError: k is not in [1, G], another shape, a reward that is not finite, a claim of NaN.
 
     Source: with rewards as claims "Pass@K Policy Optimization" (arXiv 2505.15201), which subtracts
     the best of the k - 1 as a baseline, too; claims are ours.
@@ -121,12 +124,18 @@ def best_of(rewards: Tensor, k: int, claims: Tensor | None = None) -> Tensor:
     >>> best_of(torch.tensor([[0.2, 0.6]]), k=2, claims=torch.tensor([[0.9, 0.7]]))  # 0.9: untrue
     tensor([[-0.4000,  0.0000]])
     """
+    claims = rewards if claims is None else claims
+    if rewards.ndim != 2 or claims.shape != rewards.shape:
+        raise ValueError(f"rewards and claims must both be (B, G), not {tuple(rewards.shape)} and "
+                         f"{tuple(claims.shape)}")
+    if not torch.isfinite(rewards).all() or claims.isnan().any():
+        raise ValueError("rewards must be finite, and claims not NaN")
     size = rewards.shape[1]
     if not 1 <= k <= size:
         raise ValueError(f"k must be from 1 to the group's {size} responses, not {k}")
     if k == 1:
         return rewards
-    order = (rewards if claims is None else claims).argsort(dim=1, stable=True)  # (B, G)
+    order = claims.argsort(dim=1, stable=True)  # (B, G)
     ascending = rewards.gather(1, order)  # (B, G)
     # Of the others, the j-th lowest claim (from 0) is the highest of S in C(j, k - 2) of the
     # C(G - 1, k - 1) cases; where it is above that of i, i adds nothing.
@@ -181,7 +190,8 @@ def aggregate(
     Args:
         values: (N, T) per-token values; what stands under a false mask is ignored, NaN included.
         mask: (N, T) true at response tokens.
-        denominator: global count of `loss_denominator`; computed from this mask by default.
+        denominator: global count of `loss_denominator`; computed from this mask by default (for
+            `dr_grpo` with T in the place of the maximum response length: pass it where T varies).
 
     Returns:
         () the sum of this part over the global count.
@@ -231,7 +241,7 @@ def policy_loss(
             one step a batch the ratio to the proximal policy is 1: then nothing is clipped.
         proximal_logprobs: (N, T) of the trainer at the start of the step; None means that the
             ratio to the behaviour policy already is the whole correction.
-        denominator: global count of `loss_denominator`; computed from this mask by default.
+        denominator: as in `aggregate`.
 
     Returns:
         loss (): with gradient; metrics: detached () tensors, each a mean over the tokens of this

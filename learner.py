@@ -1000,6 +1000,11 @@ def main() -> None:
     args = parser.parse_args()
     if not (args.model_dir / "config.json").is_file():
         parser.error(f"{args.model_dir}: no config.json there; give a Hugging Face model directory")
+    if min(args.prompt, args.response, args.groups) < 1:
+        parser.error("--prompt, --response and --groups must be at least 1")
+    if args.token_budget < args.prompt + args.response:
+        parser.error(f"--token-budget must be at least --prompt + --response, "
+                     f"{args.prompt + args.response}")
     config = LearnerConfig(dtype=args.dtype, max_response_tokens=args.response,
                            token_budget=args.token_budget, share_prompts=not args.no_share)
     learner = Learner(args.model_dir, config)

@@ -37,6 +37,7 @@ Alone:  python rollout.py --model DIR --competitions DIR --steps 20 --seeds 3 --
 import argparse
 import asyncio
 import fcntl
+import hashlib
 import importlib
 import inspect
 import io
@@ -908,17 +909,28 @@ class AgentConfig:
     drafts: int = 3  # drafts before anything else
     debug_probability: float = 0.5  # of mending a failure rather than improving the best
     debug_depth: int = 3  # a script that more debug steps in a row led to is not mended again
-    hours: float = 24.0  # wall-clock of one run, waiting included; 24 is MLE-bench's advice
+    # Wall-clock of one run, waiting included: no step begins later, and a script gets what is left
+    # of it when it is handed to the sandbox (a slot may not be free at once). MLE-bench advises 24.
+    hours: float = 24.0
     crossover_probability: float = 0.0  # of combining the two best rather than improving the best
     retries: int = 0  # more answers asked for while they repeat a script that was tried [ours]
+
+
+def data_digest(competition: Competition) -> str:
+    """Of what an agent is told and what it is judged by (answers in a directory: by its name)."""
+    digest = hashlib.sha256(competition.description.encode() + competition.leaderboard.tobytes())
+    if competition.answers.is_file():
+        with open(competition.answers, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 @dataclass
 class AgentRun:
     """One agent on one competition, and its record on disk.
 
-    The folder holds steps.jsonl, a line a step, and the best submission so far, step_N.csv. A run
-    that was killed is taken up after its last line.
+    The folder holds steps.jsonl, a line a step, the best submission so far, step_N.csv, and the
+    digest of the competition's data. A run that was killed is taken up after its last line.
     """
 
     competition: Competition
@@ -933,11 +945,17 @@ class AgentRun:
         """Take up the record in `folder`, which is made when there is none; a torn line is cut.
 
         Raises:
-            CompetitionError: a line that is no step of this agent, or the submission is gone; one
-                line that names the file.
+            CompetitionError: the competition had other data, a line is no step of this agent, or
+                the submission is gone; one line that names the file.
         """
         run = cls(competition, seed, folder=folder)
         folder.mkdir(parents=True, exist_ok=True)
+        mark, digest = folder / "data.sha256", data_digest(competition)
+        if not mark.exists():
+            write_whole(mark, digest + "\n")
+        elif mark.read_text().strip() != digest:
+            raise CompetitionError(f"{mark}: {competition.id} has other data now: remove {folder} "
+                                   "to run it again, or give another --out")
         log = folder / "steps.jsonl"
         lines = log.read_bytes().splitlines(keepends=True) if log.exists() else []
         if lines and not lines[-1].endswith(b"\n"):  # killed while writing it
@@ -1091,11 +1109,11 @@ def run_agent(competition: Competition, seed: int, engine, sandbox, prompter: Pr
             break
         started = time.monotonic()
         name = f"{competition.id}/{seed}/{step}"  # a task of its own, whatever it starts from
-        task = replace(choose_task(competition, run.traces, agent, random.Random(name)), id=name)
+        chosen = replace(choose_task(competition, run.traces, agent, random.Random(name)), id=name)
         # AIDE shows its memory to drafts and improvements.
-        memory = "" if task.operator == "debug" else recall(run.traces, run.designs,
-                                                            prompter.budget.memory)
-        task, prompt_ids = step_prompt(task, memory, prompter,
+        memory = "" if chosen.operator == "debug" else recall(run.traces, run.designs,
+                                                              prompter.budget.memory)
+        task, prompt_ids = step_prompt(chosen, memory, prompter,
                                        engine.max_model_len - config.max_response_tokens)
         tried = {t.code_key for t in run.traces if t.code}
         for _ in range(agent.retries + 1):
@@ -1106,7 +1124,10 @@ def run_agent(competition: Competition, seed: int, engine, sandbox, prompter: Pr
             if trace.code_key not in tried:
                 break  # a script that is new, or no script
         trace.id, submission = task.id, None
+        if chosen.operator == "debug" and task.operator == "draft":
+            trace.parent_id = chosen.parent.id  # too long to be shown: it is not chosen again
         if trace.code:
+            left = max(left - (time.monotonic() - started), 0.1)  # sampling has taken some
             execution = sandbox.run(competition, trace.code, timeout=min(config.timeout, left))
             record_run(trace, execution, competition)
             submission = execution.submission
@@ -1186,17 +1207,19 @@ def describe_hardware() -> dict:
 
 def write_report(path: Path, runs: list[AgentRun], agent: AgentConfig, model: str,
                  **facts) -> dict:
-    """report.json, and beside it submissions.jsonl for `mlebench grade`."""
+    """report.json, and beside it submissions.jsonl for `mlebench grade`; of a report of another
+    name, such as a.json, a-submissions.jsonl."""
     rows = [run.row() for run in runs]
     report = {"model": model, "agent": vars(agent), **facts, "hardware": describe_hardware(),
               "runs": rows, "totals": report_totals(rows, agent.steps)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.parent / "submissions.jsonl", "w") as lines:
-        for run in runs:
-            file = str(run.submission.resolve()) if run.submission else None
-            lines.write(json.dumps({"competition_id": run.competition.id,
-                                    "submission_path": file}) + "\n")
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    lines = ""
+    for run in runs:
+        file = str(run.submission.resolve()) if run.submission else None
+        lines += json.dumps({"competition_id": run.competition.id, "submission_path": file}) + "\n"
+    prefix = "" if path.stem == "report" else f"{path.stem}-"
+    write_whole(path.with_name(f"{prefix}submissions.jsonl"), lines)
+    write_whole(path, json.dumps(report, indent=1) + "\n")
     return report
 
 
@@ -1592,11 +1615,35 @@ def prepare(args: argparse.Namespace) -> tuple[list[Competition], Path]:
     return competitions, out.parent / f"{out.stem}-runs"
 
 
+def make_prompter(args: argparse.Namespace, competitions: list[Competition]) -> Prompter:
+    """What makes the prompts, once every competition's draft has been seen to fit.
+
+    Raises:
+        CompetitionError: one does not, or the tokenizer is of no use.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        prompter = Prompter(AutoTokenizer.from_pretrained(args.model), competitions, PromptBudget(
+            args.description_chars, args.preview_chars, args.output_chars, args.memory_chars))
+        for competition in competitions:
+            step_prompt(Task("", competition.id, "draft"), "", prompter,
+                        args.max_model_len - args.max_response_tokens)
+    except CompetitionError:
+        raise
+    except Exception as error:  # of the tokenizer's libraries, which raise what they like
+        raise CompetitionError(f"--model {args.model}: its tokenizer makes no prompt ({error}); it "
+                               "needs a tokenizer.json that loads, and a chat template") from None
+    return prompter
+
+
 def run_evaluation(args: argparse.Namespace, competitions: list[Competition], folder: Path) -> int:
     """From the start of the sandbox and the engine to the report; the exit status."""
     agent = AgentConfig(**{f.name: getattr(args, f.name) for f in fields(AgentConfig)})
     config = RolloutConfig(args.max_response_tokens, args.temperature, timeout=args.timeout)
     gpus = gpus_of_slots(args.sandbox_gpus, args.slots)
+    prompter = make_prompter(args, competitions)
+    recorded = sum(log.read_bytes().count(b"\n") for log in folder.glob("*/steps.jsonl"))
     with Sandbox(
             slots=args.slots, timeout=args.timeout, cpu_seconds=args.cpu_seconds or None,
             memory_mb=args.memory_mb, disk_mb=args.disk_mb, file_mb=args.disk_mb,
@@ -1608,16 +1655,12 @@ def run_evaluation(args: argparse.Namespace, competitions: list[Competition], fo
             return 3
         scratch = scratch_folder("evaluation")
         start_guard([scratch])
-        from transformers import AutoTokenizer
-
-        prompter = Prompter(AutoTokenizer.from_pretrained(args.model), competitions, PromptBudget(
-            args.description_chars, args.preview_chars, args.output_chars, args.memory_chars))
         print("starting vLLM, a minute or two", flush=True)
         engine = Engine(args.model, EngineConfig(
             max_model_len=args.max_model_len, max_num_seqs=args.max_num_seqs, dtype=args.dtype,
             tensor_parallel_size=args.tensor_parallel, kv_cache_gib=args.kv_cache_gib or None,
-            # Agents that are added later must not meet the random numbers of the first ones.
-            seed=len(os.listdir(folder))), scratch=scratch)
+            # An evaluation that goes on must not meet the random numbers of what it did before.
+            seed=recorded), scratch=scratch)
         try:
             runs = evaluate(competitions, range(args.seeds), engine, sandbox, prompter, config,
                             agent, args.parallel, folder)

@@ -124,7 +124,7 @@ class AdaptiveSampler:
         kind: the potential, see `learnability_potential`.
         tau: temperature, at least 0.05; below 1 the highest potentials are preferred more strongly.
             (At 0.05 potentials below 0.006 have no weight as a float32: U alone draws them.)
-        epsilon: share of the draws that go by U, in [0, 1].
+        epsilon: share of the draws that go by U (before cooling), in [0, 1].
         decay: weight of a group's rewards once the task's next group has arrived, in [0, 1).
         cooldown: draws until a visited task is fully back.
         prior_strength: number of rewards that the prior of an unseen task weighs.
@@ -268,13 +268,13 @@ class AdaptiveSampler:
         share of its responses that did not submit anything valid, where that is known.
 
         The group of a task removed while in flight is ignored and counted in `late`.
-        Raises KeyError for any other unknown id, ValueError for no or non-finite rewards.
+        Raises KeyError for any other unknown id, ValueError without rewards or beyond [0, 1].
         """
         if failed is not None and not 0 <= failed <= 1:
             raise ValueError(f"failed of {task_id} has to be a share in [0, 1]: {failed}")
         rewards = np.asarray(rewards, float)
-        if rewards.size == 0 or not np.isfinite(rewards.sum()):
-            raise ValueError(f"rewards of {task_id} have to be finite numbers: {rewards}")
+        if rewards.size == 0 or not ((rewards >= 0) & (rewards <= 1)).all():
+            raise ValueError(f"rewards of {task_id} have to be numbers in [0, 1]: {rewards}")
         if task_id in self._removed_in_flight:
             self._removed_in_flight.discard(task_id)
             self.late += 1

@@ -342,6 +342,8 @@ def validate(config: Config, world_size: int, node_size: int | None = None) -> N
     if config.best_of > config.responses:
         raise UserError(f"--best-of {config.best_of} of the {config.responses} responses of a "
                         "group: lower it, or raise --responses")
+    if config.crossover and config.children < 2:
+        raise UserError("--crossover needs --children 2 or more: it takes one of their places")
     if config.epsilon > 1:
         raise UserError("--epsilon must lie between 0 and 1")
     if config.max_response_tokens >= config.max_model_len:
@@ -504,7 +506,8 @@ class Curriculum:
             self.sampler.remove(task_id)
             return
         group.epoch = self.epoch
-        # The buffer first: its log may fail (disk full), and then nothing has happened yet.
+        # The buffer first: its log may fail (disk full), and the sampler knows no more than the log
+        # then. It evicts by the potentials before this group.
         admitted, evicted = self.buffer.add(group, self.sampler.score, self.in_flight)
         self.sampler.update(task_id, group.rewards, group.failed)
         self.follow(admitted, evicted)

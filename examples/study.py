@@ -8,7 +8,8 @@
 
 An arm is train.py with a part of the method switched off or exchanged. All arms get the same number
 of rollouts. Every trained policy, and the policy before reinforcement learning, is then evaluated
-as an agent by rollout.py: one engine start a policy, all competitions and evaluation seeds in it.
+as an agent by rollout.py: one engine start a policy, all competitions and evaluation seeds in it
+(a second where the held-out ones have another number of seeds).
 
     OUT/study.json           the settings; a later call must agree with them once there are results,
                              except for more arms, seeds, evaluation seeds, and --final
@@ -31,8 +32,8 @@ How the numbers are made (everything here is [ours]):
    (simulated, 3 seeds, 16 competitions: 0.8 times as wide as it should be where all spread is the
    seeds', 1.5 times where it is all such noise). With one seed it speaks of other competitions.
 4. Groups without gradient: all G advantages 0, counted over the whole run. That is so where all
-   rewards are equal (a column of its own), and with --best-of k also where only the k - 2 lowest
-   claims have another reward.
+   rewards are equal (a column of its own, which also counts groups that a resumed run did not
+   learn from), and with --best-of k also where only the k - 2 lowest claims have another reward.
 5. Minutes: the training steps alone, without start and evaluation.
 6. "First script": human rank had the agent handed in its first script, a draft. It says what one
    answer of the policy is worth; twenty tries and a choice among them make up for much.
@@ -517,6 +518,7 @@ def report(args: argparse.Namespace, picture: bool) -> None:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], epilog="What follows -- is passed to train.py.",
+        allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--out", type=Path, default="runs/study", help="directory of the study")

@@ -48,7 +48,9 @@ def run(eta: int, folder: Path, args: argparse.Namespace) -> dict[str, float]:
                "--sandbox-delay", args.delay, "--sandbox-slots", args.slots, "--reuse-mb", 0,
                "--timeout", 30,  # slots share cores: no script fails for its neighbours' work
                "--eval-drafts", args.drafts, "--checkpoint-every", args.steps, *args.flags]
-    subprocess.run([str(word) for word in command], check=True, preexec_fn=die_with_parent)
+    done = subprocess.run([str(word) for word in command], preexec_fn=die_with_parent)
+    if done.returncode:
+        sys.exit(done.returncode)  # it has said why
     return measure(folder)
 
 
@@ -73,7 +75,7 @@ def compare(synchronous: dict[str, float], asynchronous: dict[str, float]) -> tu
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
                                      epilog="Flags of train.py may follow a --.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument

@@ -207,9 +207,9 @@ def test_a_crossover_takes_one_of_the_k_places():
     assert [t.operator for t in buffer.add(Group(root, traces))[0]] == ["improve", "crossover"]
 
 
-def test_where_a_group_adds_nothing_nothing_is_crossed():
-    buffer, root = crossing_buffer(children_per_group=0)
-    assert buffer.add(Group(root, [trace(root, "b", 0.5)]))[0] == []
+def test_nothing_is_crossed_where_it_would_take_the_only_place():
+    buffer, root = crossing_buffer(children_per_group=1)
+    assert [t.operator for t in buffer.add(Group(root, [trace(root, "b", 0.5)]))[0]] == ["improve"]
 
 
 def test_a_pair_is_crossed_once_then_the_next_best_partner_is_taken():
@@ -337,7 +337,7 @@ def test_impossible_buffers_are_refused(ids, capacity, message):
 @pytest.mark.parametrize("headroom", [-0.1, 1.1, float("nan")])
 def test_a_headroom_that_is_none_is_refused(headroom):
     with pytest.raises(ValueError, match="headroom"):
-        EvolvingBuffer(["iris"], headroom=headroom)
+        EvolvingBuffer(["iris"], min_headroom=headroom)
 
 
 def test_groups_that_do_not_belong_are_refused(buffer, root):

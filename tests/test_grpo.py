@@ -281,23 +281,30 @@ def test_best_of_counts_all_choices_of_the_others(k, claimed):
 
 @pytest.mark.parametrize("claims", [None, [0.7, 0.9, 0.1, 0.8]])
 def test_best_of_follows_the_gradient_of_what_is_chosen(claims):
-    """Exactly, over all groups of three that a policy of four answers can give: the advantages'
-    policy gradient is that of E[reward of the one of k with the highest claim]."""
+    """Exactly, over all groups of three that a policy of four answers can give: what responses add
+    makes the policy gradient of V_k = E[reward of the one of k with the highest claim], and less
+    the group's mean that of (3 / k - 1) V_k + V_(k-1)."""
     values = torch.tensor([0.0, 0.2, 0.5, 0.9], dtype=torch.float64)
     claims = values if claims is None else torch.tensor(claims, dtype=torch.float64)
     logits = torch.tensor([0.4, 0.1, -0.3, -1.0], dtype=torch.float64, requires_grad=True)
+    logprobs = logits.log_softmax(0)
+
+    def gradient(y):
+        return torch.autograd.grad(y, logits, retain_graph=True)[0]
+
+    chosen = [None] + [  # V_k's gradient
+        gradient(sum(logprobs[list(c)].sum().exp() * values[max(c, key=claims.__getitem__)]
+                     for c in itertools.product(range(4), repeat=k))) for k in (1, 2, 3)]
     for k in (2, 3):
-        logprobs = logits.log_softmax(0)
-        chosen = sum(logprobs[list(c)].sum().exp() * values[max(c, key=claims.__getitem__)]
-                     for c in itertools.product(range(4), repeat=k))
-        (expected,) = torch.autograd.grad(chosen, logits, retain_graph=True)
-        surrogate = 0.0
+        added = centred = 0.0
         for c in map(list, itertools.product(range(4), repeat=3)):
-            advantages = grpo.best_of(values[c][None], k, claims[c][None])[0]
+            adds = grpo.best_of(values[c][None], k, claims[c][None])
             probability = logprobs[c].sum().exp().detach()
-            surrogate = surrogate + probability * (advantages * logprobs[c]).sum() / 3
-        (found,) = torch.autograd.grad(surrogate, logits)
-        assert torch.allclose(k * found, expected)
+            added = added + probability * (adds[0] * logprobs[c]).sum()
+            advantages = grpo.group_advantages(adds, tolerance=0.0)[0]
+            centred = centred + probability * (advantages * logprobs[c]).sum()
+        assert torch.allclose(gradient(added), 3 / k * chosen[k])
+        assert torch.allclose(gradient(centred), (3 / k - 1) * chosen[k] + chosen[k - 1])
 
 
 def test_advantages_refuse_bad_input():
@@ -310,6 +317,11 @@ def test_advantages_refuse_bad_input():
     for k in (0, 5):
         with pytest.raises(ValueError, match="from 1 to the group's 4 responses"):
             grpo.best_of(torch.zeros(1, 4), k)
+    with pytest.raises(ValueError, match=r"must both be \(B, G\)"):  # it would be of one row
+        grpo.best_of(torch.zeros(2, 4), 2, torch.zeros(1, 4))
+    for rewards, claims in ((float("inf"), 0.0), (0.0, float("nan"))):
+        with pytest.raises(ValueError, match="finite, and claims not NaN"):
+            grpo.best_of(torch.full((1, 4), rewards), 2, torch.full((1, 4), claims))
 
 
 # ------------------------------------------------------------------------------- divergence

@@ -78,7 +78,8 @@ def competition(tmp_path):
         tmp_path / "test.csv", index=False)
     (tmp_path / "readme.bin").write_bytes(b"123")
     return SimpleNamespace(id="toy", public_dir=tmp_path, description="Predict the price.",
-                           lower_is_better=True, median=1.0)
+                           lower_is_better=True, median=1.0, leaderboard=np.array([1.0, 2.0]),
+                           answers=tmp_path / "test.csv")
 
 
 def test_preview_names_files_columns_types_and_holes(competition):
@@ -434,6 +435,8 @@ def test_agent_run_and_report(competition, tmp_path):
         if run.chosen is not None:
             best = min(t.validation_score for t in run.traces if t.valid)
             assert run.traces[run.chosen].validation_score == best
+    write_report(tmp_path / "out" / "other.json", runs[:1], agent, "another model")
+    assert len((tmp_path / "out" / "other-submissions.jsonl").read_text().splitlines()) == 1
     report = write_report(tmp_path / "out" / "report.json", runs, agent, "model", seeds=3)
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
     lines = (tmp_path / "out" / "submissions.jsonl").read_text().splitlines()
@@ -546,6 +549,20 @@ def test_a_prompt_that_is_too_long_loses_its_memory_first(competition, tmp_path)
                   RolloutConfig(max_response_tokens=9_950), AgentConfig(steps=6), tmp_path / "1")
 
 
+def test_a_failure_too_long_to_be_shown_is_chosen_once(competition, tmp_path):
+    class Short(FakePrompter):
+        def __call__(self, task, memory=""):
+            return [65] * (9_900 if task.operator == "debug" else 100)
+
+    fails = "```python\nquality = -1\n```"
+    works = [f"```python\nquality = 0.{i}\n```" for i in range(1, 6)]
+    run = run_agent(competition, 0, Parrot(fails, *works), FakeSandbox(), Short(["toy"]),
+                    RolloutConfig(max_response_tokens=1000),
+                    AgentConfig(steps=6, drafts=1, debug_probability=1.0), tmp_path)
+    assert [t.valid for t in run.traces] == [False] + 5 * [True]
+    assert [t.operator for t in run.traces] == ["draft", "draft"] + 4 * ["improve"]
+
+
 def test_a_run_ends_when_its_hours_are_over(competition, tmp_path):
     agent = AgentConfig(steps=50, hours=0.3 / 3600)
     limits = []
@@ -556,10 +573,15 @@ def test_a_run_ends_when_its_hours_are_over(competition, tmp_path):
             time.sleep(0.1)
             return super().run(competition, code, timeout)
 
-    run = run_agent(competition, 0, FakeEngine(), Slow(), FakePrompter(["toy"]), RolloutConfig(),
+    class Thinking(FakeEngine):
+        def generate(self, *rest):
+            time.sleep(0.05)
+            return super().generate(*rest)
+
+    run = run_agent(competition, 0, Thinking(), Slow(), FakePrompter(["toy"]), RolloutConfig(),
                     agent, tmp_path)
     assert len(run.traces) < 10 and run.hours >= agent.hours
-    assert limits[0] <= 0.3 and limits == sorted(limits, reverse=True)  # a script may not outlive it
+    assert limits[0] <= 0.25 and limits == sorted(limits, reverse=True)  # a script may not outlive it
     again = run_agent(competition, 0, None, None, FakePrompter(["toy"]), RolloutConfig(), agent,
                       tmp_path)  # over: nothing more is asked for
     assert again.row() == run.row()
@@ -581,10 +603,12 @@ import sys
 sys.path[:0] = {path!r}
 from pathlib import Path
 from types import SimpleNamespace
+import numpy as np
 from fakes import FakeEngine, FakePrompter, FakeSandbox
 from rollout import AgentConfig, RolloutConfig, evaluate, write_report
 names = ["ash", "beech", "cedar"]
-competitions = [SimpleNamespace(id=n, median=0.3, lower_is_better=n == "beech") for n in names]
+competitions = [SimpleNamespace(id=n, median=0.3, lower_is_better=n == "beech", description=n,
+                                leaderboard=np.zeros(1), answers=Path("/dev/null")) for n in names]
 agent = AgentConfig(steps=12)
 out = Path({out!r})
 runs = evaluate(competitions, range(3), FakeEngine({delay}), FakeSandbox(), FakePrompter(names),
@@ -811,6 +835,28 @@ def test_mistakes_in_the_file_name_the_file(text, message, tmp_path, capsys):
     assert f"{tmp_path / 'c.yaml'}: " in error and message in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize("tokenizer", [None, "no template"])
+def test_a_tokenizer_of_no_use_is_refused_before_anything_starts(tokenizer, tmp_path, competition,
+                                                                 monkeypatch, capsys):
+    def template(*_, **__):
+        raise ValueError("Cannot use chat template functions")
+
+    def load(_):
+        if tokenizer is None:
+            raise RuntimeError("data did not match any variant")  # what the Rust library raises
+        return SimpleNamespace(apply_chat_template=template)
+
+    monkeypatch.setattr(rollout, "load_competitions", lambda *_: [competition])
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", load)
+    monkeypatch.setattr(rollout, "Sandbox", lambda **_: pytest.fail("started"))
+    (tmp_path / "config.json").touch()
+    (tmp_path / "tokenizer.json").touch()
+    assert rollout.main(["--model", str(tmp_path), "--competitions", "mine", "--out",
+                         str(tmp_path / "report.json")]) == 2
+    error = capsys.readouterr().err
+    assert f"--model {tmp_path}: its tokenizer" in error and error.count("\n") == 1
+
+
 def test_broken_records_are_one_line_and_status_2(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(rollout, "load_competitions", lambda *_: [])
     (tmp_path / "policy").mkdir()
@@ -885,6 +931,15 @@ def test_a_line_that_is_no_step_names_the_file(line, competition, tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_a_record_is_of_the_data_that_it_was_made_with(competition, tmp_path):
+    AgentRun.load(competition, 0, tmp_path)
+    AgentRun.load(competition, 0, tmp_path)
+    for other in ({"description": "other"}, {"leaderboard": competition.leaderboard + 1},
+                  {"answers": tmp_path / "train.csv"}):
+        with pytest.raises(CompetitionError, match="toy has other data now: remove"):
+            AgentRun.load(SimpleNamespace(**vars(competition) | other), 0, tmp_path)
+
+
 @pytest.mark.parametrize("change, words", [
     (lambda rows: rows[1:], "it is toy/0/1"), (lambda rows: rows[:1] + rows, "it is toy/0/0"),
     (lambda rows: [rows[0] | {"hours": math.nan}], "nan is no number"),
@@ -917,6 +972,7 @@ def test_each_slot_has_a_gpu_of_its_own_and_no_isolation_is_status_3(tmp_path, m
         __exit__ = lambda self, *_: None
 
     monkeypatch.setattr(rollout, "Sandbox", Stopped)
+    monkeypatch.setattr(rollout, "make_prompter", lambda *_: None)
     monkeypatch.setattr(rollout, "load_competitions", lambda *_: [])
     (tmp_path / "config.json").touch()
     (tmp_path / "tokenizer.json").touch()

@@ -209,7 +209,7 @@ def test_debug_steps_are_as_frequent_as_failures_are():
         return pytest.approx([sampler.probabilities()[f"a/{o}"]
                               for o in ("draft", "improve", "debug")], abs=1e-6)
 
-    same = [0.25 - 3**0.5 / 4, 0.25 + 3**0.5 / 4]  # leaves mean and deviation as the prior has them
+    same = [1.0, 0.0, 0.0, 0.0]  # leaves mean and deviation as the prior has them
     assert [0.25, 0.375, 0.375] == shares()
     sampler.update("a/draft", same, 0.1)
     assert [0.25, 0.75 * 0.52, 0.75 * 0.48] == shares()
@@ -373,8 +373,10 @@ def test_one_competition_too_many_is_refused_and_leaves_no_trace():
 @pytest.mark.parametrize("call, message", [
     (lambda s: s.add("a/draft", "a", "draft"), "already"),
     (lambda s: s.add("x", "a", "mutate"), "unknown operator"),
-    (lambda s: s.update("a/draft", []), "finite"),
-    (lambda s: s.update("a/draft", [0.0, float("nan")]), "finite"),
+    (lambda s: s.update("a/draft", []), r"in \[0, 1\]"),
+    (lambda s: s.update("a/draft", [0.0, float("nan")]), r"in \[0, 1\]"),
+    (lambda s: s.update("a/draft", [0.0, 1.5]), r"in \[0, 1\]"),
+    (lambda s: s.update("a/draft", [-0.5, 1.0]), r"in \[0, 1\]"),
     (lambda s: AdaptiveSampler(tau=0.01), "out of range"),
     (lambda s: AdaptiveSampler(tau=float("nan")), "out of range"),
     (lambda s: AdaptiveSampler(prior_strength=-1), "out of range"),

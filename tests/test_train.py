@@ -504,6 +504,8 @@ def test_every_number_has_bounds():
                 train.validate(dataclasses.replace(good, **{name: value}), world_size=1)
     with pytest.raises(UserError, match="--best-of 9 of the .* responses .* raise --responses"):
         train.validate(dataclasses.replace(good, best_of=9), world_size=1)
+    with pytest.raises(UserError, match="--crossover needs --children 2"):
+        train.validate(dataclasses.replace(good, crossover=True, children=1), world_size=1)
 
 
 def test_learner_ranks_must_leave_one_that_rolls_out():
