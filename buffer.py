@@ -10,7 +10,7 @@ a known outcome behind; that script is the starting point of the next step:
 What is the paper's and what is ours:
  1. [paper] Execution traces are repurposed as training tasks.
  2. [ours]  Which ones: a failed trace opens a `debug` task; a valid trace with headroom left
-            (base reward < 1 - min_headroom) opens an `improve` task; a trace without code opens none.
+            (base reward < 1 - min_headroom) opens an `improve` task; one without code opens none.
  3. [ours]  Duplicates merge: one task for each (competition, operator, code_key of the parent).
  4. [ours]  Diversity: at most k new tasks a group. Valid and failed parents take turns; valid ones
             best first and of distinct reward, failed ones of distinct error type.

@@ -1624,16 +1624,16 @@ def make_prompter(args: argparse.Namespace, competitions: list[Competition]) -> 
     from transformers import AutoTokenizer
 
     try:
-        prompter = Prompter(AutoTokenizer.from_pretrained(args.model), competitions, PromptBudget(
-            args.description_chars, args.preview_chars, args.output_chars, args.memory_chars))
-        for competition in competitions:
-            step_prompt(Task("", competition.id, "draft"), "", prompter,
-                        args.max_model_len - args.max_response_tokens)
-    except CompetitionError:
-        raise
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        encode_chat(tokenizer, [{"role": "user", "content": "?"}])
     except Exception as error:  # of the tokenizer's libraries, which raise what they like
         raise CompetitionError(f"--model {args.model}: its tokenizer makes no prompt ({error}); it "
                                "needs a tokenizer.json that loads, and a chat template") from None
+    prompter = Prompter(tokenizer, competitions, PromptBudget(
+        args.description_chars, args.preview_chars, args.output_chars, args.memory_chars))
+    for competition in competitions:
+        step_prompt(Task("", competition.id, "draft"), "", prompter,
+                    args.max_model_len - args.max_response_tokens)
     return prompter
 
 

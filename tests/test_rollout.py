@@ -908,11 +908,10 @@ def test_no_error_leaves_main(where, error, status, message, tmp_path, monkeypat
 
     for name, fake in {
             "load_competitions": lambda *_: [], "Sandbox": lambda **_: Ready(),
-            "start_guard": lambda folders: os.rmdir(*folders), "Prompter": lambda *_: None,
+            "start_guard": lambda folders: os.rmdir(*folders), "make_prompter": lambda *_: None,
             "evaluate": lambda *_: [], "Engine": lambda *_, **__: SimpleNamespace(
                 close=lambda: None), where: fail}.items():
         monkeypatch.setattr(rollout, name, fake)
-    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda _: None)
     (tmp_path / "config.json").touch()
     (tmp_path / "tokenizer.json").touch()
     arguments = ["--model", str(tmp_path), "--competitions", "lite", "--out",
