@@ -57,9 +57,10 @@ from typing import NamedTuple
 import numpy as np
 
 from buffer import OPERATORS, EvolvingBuffer, Group, Task, last_line, plain
-from rollout import (Engine, EngineConfig, PromptBudget, Prompter, Request, Result, RolloutConfig,
-                     RolloutWorker, check_model, engine_plan, gpus_of_slots, leave, lock_record,
-                     read_settings, scratch_folder, standing, start_guard, trained_on, write_whole)
+from rollout import (Engine, EngineConfig, Parser, PromptBudget, Prompter, Request, Result,
+                     RolloutConfig, RolloutWorker, check_model, engine_plan, gpus_of_slots, leave,
+                     lock_record, read_settings, scratch_folder, standing, start_guard, trained_on,
+                     write_whole)
 from sampler import AdaptiveSampler
 from sandbox import CompetitionError, Sandbox, load_competitions
 
@@ -218,10 +219,13 @@ def parse_config(argv: list[str] | None = None) -> tuple[Config, argparse.Namesp
     A flag that is given wins over the --config file, which wins over the resumed run's config.json
     or the preset, which win over the field's default.
 
+    Raises:
+        UserError: one line that names the flag and, where it comes from one, the file.
+
     >>> parse_config(["--preset", "tiny", "--steps", "3"])[0].steps
     3
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__.split("\n\n")[0], allow_abbrev=False,
         epilog="Defaults shown are those of the tiny preset, which is taken on machines without "
                "nvidia-smi; PRESETS in train.py has what the others change.")
@@ -236,13 +240,17 @@ def parse_config(argv: list[str] | None = None) -> tuple[Config, argparse.Namesp
         text = f"{f.metadata['help']} (default: {f.default!r})".replace("%", "%%")
         parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=text,
                             choices=f.metadata.get("choices"), **kind)
-    arguments = parser.parse_args(argv)
-    if arguments.config:
-        try:
+    try:
+        arguments = parser.parse_args(argv)
+        if arguments.config:
             words = read_settings(arguments.config, Config.__annotations__)
-        except ValueError as error:
-            raise UserError(str(error))
-        arguments = parser.parse_args(words + list(sys.argv[1:] if argv is None else argv))
+            try:
+                parser.parse_args(words)
+            except ValueError as error:
+                raise UserError(f"--config {arguments.config}: {error}") from None
+            arguments = parser.parse_args(words + list(sys.argv[1:] if argv is None else argv))
+    except ValueError as error:
+        raise UserError(str(error)) from None
     given = {k: v for k, v in vars(arguments).items() if k not in ("resume", "dry_run", "config")}
     if arguments.resume is not None:
         base = load_config(Path(arguments.resume))
@@ -1797,7 +1805,7 @@ def main(argv: list[str] | None = None) -> int:
     except WorkerDied as error:
         say(f"train.py: {error}; {how_to_go_on(config)}")
         return 1
-    except SystemExit:  # argparse has said what there is to say
+    except SystemExit:  # --help has said what there is to say
         raise
     except BaseException as error:
         if INTERRUPTED.is_set():  # a checkpoint being written turns it into another exception

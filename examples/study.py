@@ -59,7 +59,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from rollout import RATES, lock_record, make_parser, write_whole  # noqa: E402
+from rollout import RATES, Parser, lock_record, make_parser, write_whole  # noqa: E402
 from sandbox import CompetitionError, load_competitions  # noqa: E402
 from train import Config, UserError, die_with_parent, parse_config, validate  # noqa: E402
 
@@ -516,7 +516,7 @@ def report(args: argparse.Namespace, picture: bool) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__.split("\n\n")[0], epilog="What follows -- is passed to train.py.",
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -543,7 +543,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--final", action="store_true", help="evaluate on the held-out competitions as well")
     words = sys.argv[1:] if argv is None else argv
     cut = words.index("--") if "--" in words else len(words)
-    args = parser.parse_args(words[:cut])
+    try:
+        args = parser.parse_args(words[:cut])
+    except ValueError as error:
+        raise StudyError(error) from None
     args.train_flags = words[cut + 1:]
     args.dev = sorted(set(args.dev))
     if len(args.eval_seeds) > 2:
@@ -568,7 +571,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def find_competitions(args: argparse.Namespace) -> dict[str, dict[str, Path]]:
     """{split: {id: directory}} of what is trained on or evaluated now."""
     def found(directory):
-        return {c.id: c.public_dir.parent.parent for c in load_competitions(directory)}
+        paths = {c.id: c.public_dir.parent.parent for c in load_competitions(directory)}
+        for name, path in paths.items():
+            if not (path / "config.yaml").is_file():
+                raise StudyError(f"{directory}: {name} has its data elsewhere, in {path}; a study "
+                                 "takes directories of competitions that hold their data")
+        return paths
 
     ids = {"train": found(args.competitions)}
     if args.dev:
