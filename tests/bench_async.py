@@ -1,24 +1,27 @@
 """Wall-clock of asynchronous (eta = 2) against synchronous training when scripts are slow.
 
+    python tests/bench_async.py              # flags of train.py follow a --
+
     python examples/tiny_policy.py --hidden 512 --layers 8 --prompts 500 --lessons 0 \\
-        --out data/policy-27m
-    python tests/bench_async.py              # the lines above once; flags of train.py follow a --
+        --out data/policy-27m                # a policy whose learner step is as long as a rollout
+    python tests/bench_async.py --model data/policy-27m --steps 16 --delay 2 --slots 24 \\
+        -- --learning-rate 3e-4
 
 Two runs of train.py with the same seed and the same number of learner steps. Scripts are made slow
-without using the machine: each sleeps in its slot first (--sandbox-delay, exponential). The policy
-has 27 million parameters, so that a learner step is as long as a rollout stage; with the 2 million
-of data/policy it is a tenth of it, and there would be little to overlap. Of the competitions it
-takes the six whose scripts took the least time in a synchronous run on all (LIGHT), so that it is
-their sleep that makes them slow; those of all would keep two cores busy beyond a learner step.
-Where `wait` and `learn` of the synchronous run differ much, another --delay makes them alike. The
-learning rate is 3e-4: with the 1e-3 of the small policy, two versions of staleness are too much for
-it (a KL divergence of 0.2 to 0.9 between the versions; valid scripts 0 % from step 8 on, where
-synchronous training had 57 %).
+without using the machine: each sleeps in its slot first (--sandbox-delay, exponential). Of the
+competitions it takes the six whose scripts took the least time in a synchronous run on all (LIGHT),
+so that it is their sleep that makes them slow; those of all would keep two cores busy.
 
-Printed: seconds of each stage and of a step, what the frozen policies' drafts are worth, the ratio
-of the wall-clocks, and the ideal: with stages R (waiting for a batch) and L (learning, publishing)
-of the synchronous run, (R + L) / max(R, L).
+What there is to gain follows from the stages of the synchronous run, R (waiting for a batch) and L
+(learning, publishing). Both bounds are printed:
 
+- The slots hold about one batch: scripts of the next batch run while this one is learnt from, and
+  the longer stage remains, (R + L) / max(R, L). So in the second call above.
+- The slots hold all that may be under way, eta + 1 batches: these sleep side by side. A batch is
+  learnt from eta + 1 steps after it was handed out, so that a step lasts at least L, and at least
+  (R + L) / (eta + 1): the ratio is at most the smaller of (R + L) / L and eta + 1. So by default.
+
+Printed as well: seconds of each stage and of a step, what the frozen policies' drafts are worth.
 Both runs share the machine's cores between learner, engine and scripts: nothing else may run.
 """
 
@@ -44,7 +47,6 @@ def run(eta: int, folder: Path, args: argparse.Namespace) -> dict[str, float]:
     command = [sys.executable, ROOT / "train.py", "--preset", "tiny", "--model", args.model,
                "--competitions", folder.parent / "competitions", "--heldout", "",
                "--run-dir", folder, "--steps", args.steps, "--max-staleness", eta,
-               "--learning-rate", 3e-4,
                "--sandbox-delay", args.delay, "--sandbox-slots", args.slots, "--reuse-mb", 0,
                "--timeout", 30,  # slots share cores: no script fails for its neighbours' work
                "--eval-drafts", args.drafts, "--checkpoint-every", args.steps, *args.flags]
@@ -68,10 +70,11 @@ def measure(folder: Path) -> dict[str, float]:
             "human rank": mean("human_rank", after)}
 
 
-def compare(synchronous: dict[str, float], asynchronous: dict[str, float]) -> tuple[float, float]:
-    """(ratio of the wall-clocks, ideal ratio of two stages that overlap entirely)."""
-    stages = synchronous["wait"], synchronous["learn"] + synchronous["sync"]
-    return synchronous["step"] / asynchronous["step"], sum(stages) / max(stages)
+def bounds(synchronous: dict[str, float], eta: int) -> tuple[float, float]:
+    """Largest ratios where the slots hold one batch, and where they hold eta + 1."""
+    rollout, learner = synchronous["wait"], synchronous["learn"] + synchronous["sync"]
+    both = rollout + learner
+    return both / max(rollout, learner), min(both / learner, eta + 1)
 
 
 def main() -> None:
@@ -79,11 +82,11 @@ def main() -> None:
                                      epilog="Flags of train.py may follow a --.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--model", default="data/policy-27m", help="the policy, see above")
-    add("--steps", type=int, default=16, help="learner steps of each run")
-    add("--delay", type=float, default=2.0, help="mean sleep before a script, seconds")
-    add("--slots", type=int, default=24, help="scripts that sleep or run at the same time")
-    add("--drafts", type=int, default=48, help="drafts per competition, for the final quality")
+    add("--model", default="data/policy", help="the policy")
+    add("--steps", type=int, default=48, help="learner steps of each run")
+    add("--delay", type=float, default=3.0, help="mean sleep before a script, seconds")
+    add("--slots", type=int, default=288, help="scripts that sleep or run at the same time")
+    add("--drafts", type=int, default=96, help="drafts per competition, for the final quality")
     words = sys.argv[1:]
     cut = words.index("--") if "--" in words else len(words)
     args = parser.parse_args(words[:cut])
@@ -99,10 +102,11 @@ def main() -> None:
     print(f"{'eta':>4}" + "".join(f"{name:>11}" for name in results[0]))
     for eta, values in results.items():
         print(f"{eta:4}" + "".join(f"{value:11.2f}" for value in values.values()))
-    ratio, ideal = compare(results[0], results[2])
+    one, all_of_them = bounds(results[0], 2)
     print(f"wall-clock: {results[0]['steps'] * results[0]['step']:.0f} s synchronous, "
-          f"{results[2]['steps'] * results[2]['step']:.0f} s with eta = 2: {ratio:.2f} times faster; "
-          f"ideal {ideal:.2f}")
+          f"{results[2]['steps'] * results[2]['step']:.0f} s with eta = 2: "
+          f"{results[0]['step'] / results[2]['step']:.2f} times faster; at most {one:.2f} where the "
+          f"slots hold one batch, {all_of_them:.2f} where they hold three")
 
 
 if __name__ == "__main__":

@@ -456,6 +456,5 @@ def test_the_benchmark_of_asynchrony_compares_stages_and_steps(tmp_path):
     (tmp_path / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in evals))
     found = bench_async.measure(tmp_path)
     assert (found["step"], found["wait"], found["valid"]) == pytest.approx((11.0, 6.0, 0.7))
-    ratio, ideal = bench_async.compare(found, found | {"step": 6.875})
-    assert ratio == pytest.approx(1.6)
-    assert ideal == pytest.approx((6 + 4) / 6)
+    assert bench_async.bounds(found, 2) == pytest.approx(((6 + 4) / 6, (6 + 4) / 4))
+    assert bench_async.bounds(found | {"wait": 36.0}, 2) == pytest.approx((40 / 36, 3))

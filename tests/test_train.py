@@ -395,7 +395,7 @@ def test_a_config_file_comes_between_flags_and_presets(tmp_path):
         parse_config(["--config", str(path)])
 
 
-@pytest.mark.parametrize("flags", ["--steps x", "--reward gold", "--step 5", "--model", "--no-such"])
+@pytest.mark.parametrize("flags", ["--steps x", "--reward gold", "--step 5", "--model", "--no"])
 def test_a_flag_that_is_wrong_is_one_line_and_status_2(flags, capsys):
     assert train.main(flags.split()) == 2
     error = capsys.readouterr().err
