@@ -207,9 +207,11 @@ def test_a_crossover_takes_one_of_the_k_places():
     assert [t.operator for t in buffer.add(Group(root, traces))[0]] == ["improve", "crossover"]
 
 
-def test_nothing_is_crossed_where_it_would_take_the_only_place():
-    buffer, root = crossing_buffer(children_per_group=1)
-    assert [t.operator for t in buffer.add(Group(root, [trace(root, "b", 0.5)]))[0]] == ["improve"]
+@pytest.mark.parametrize("k, operators", [(0, []), (1, ["improve"]), (2, ["improve", "crossover"])])
+def test_nothing_is_crossed_where_it_would_take_the_only_place(k, operators):
+    buffer, root = crossing_buffer(children_per_group=k)
+    group = Group(root, [trace(root, "b", 0.5)])
+    assert [t.operator for t in buffer.add(group)[0]] == operators
 
 
 def test_a_pair_is_crossed_once_then_the_next_best_partner_is_taken():
