@@ -922,6 +922,38 @@ def test_no_error_leaves_main(where, error, status, message, tmp_path, monkeypat
     assert ("Traceback" in said) == (message == "Traceback")
 
 
+def test_an_evaluation_that_goes_on_has_an_engine_seed_of_its_own(tmp_path, monkeypatch, capsys):
+    """Every start that follows a recorded step samples with other random numbers."""
+    seeds = []
+
+    class Ready(FakeSandbox):
+        isolation = "none"
+        __enter__ = lambda self: self
+        __exit__ = lambda self, *_: None
+
+    def engine(_, config, scratch):
+        seeds.append(config.seed)
+        os.rmdir(scratch)
+        return SimpleNamespace(close=lambda: None)
+
+    def cut(*_):  # after two more steps of an agent
+        (tmp_path / "report-runs/toy-0").mkdir(exist_ok=True)
+        with open(tmp_path / "report-runs/toy-0/steps.jsonl", "a") as log:
+            log.write("{}\n{}\n")
+        raise rollout.EngineDead("cut off")
+
+    for name, fake in {"load_competitions": lambda *_: [], "Sandbox": lambda **_: Ready(),
+                       "start_guard": lambda _: None, "make_prompter": lambda *_: None,
+                       "Engine": engine, "evaluate": cut}.items():
+        monkeypatch.setattr(rollout, name, fake)
+    (tmp_path / "config.json").touch()
+    (tmp_path / "tokenizer.json").touch()
+    for _ in range(3):
+        assert rollout.main(["--model", str(tmp_path), "--competitions", "lite", "--out",
+                             str(tmp_path / "report.json")]) == 1
+    assert seeds == [0, 2, 4]
+
+
 @pytest.mark.parametrize("line", ["x", "[1]", '{"design": "a"}', '{"design": "a", "hours": 1}'])
 def test_a_line_that_is_no_step_names_the_file(line, competition, tmp_path):
     (tmp_path / "steps.jsonl").write_text(line + "\n")
