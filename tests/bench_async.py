@@ -4,13 +4,14 @@
 
     python examples/tiny_policy.py --hidden 512 --layers 8 --prompts 500 --lessons 0 \\
         --out data/policy-27m                # a policy whose learner step is as long as a rollout
-    python tests/bench_async.py --model data/policy-27m --steps 16 --delay 2 --slots 24 \\
+    python tests/bench_async.py --light --model data/policy-27m --steps 48 --delay 2 --slots 24 \\
         -- --learning-rate 3e-4
 
-Two runs of train.py with the same seed and the same number of learner steps. Scripts are made slow
-without using the machine: each sleeps in its slot first (--sandbox-delay, exponential). Of the
-competitions it takes the six whose scripts took the least time in a synchronous run on all (LIGHT),
-so that it is their sleep that makes them slow; those of all would keep two cores busy.
+Two runs of train.py with the same seed and the same number of learner steps, by default those of
+`make train`. Scripts are made slow without using the machine: each sleeps in its slot first
+(--sandbox-delay, exponential). --light takes only the six competitions whose scripts took the least
+time in a synchronous run on all, so that it is hardly anything but their sleep that makes them
+slow.
 
 What there is to gain follows from the stages of the synchronous run, R (waiting for a batch) and L
 (learning, publishing). Both bounds are printed:
@@ -45,7 +46,7 @@ from train import die_with_parent, read_jsonl  # noqa: E402
 def run(eta: int, folder: Path, args: argparse.Namespace) -> dict[str, float]:
     """One training run: means over its steps, and its final quality."""
     command = [sys.executable, ROOT / "train.py", "--preset", "tiny", "--model", args.model,
-               "--competitions", folder.parent / "competitions", "--heldout", "",
+               "--competitions", args.competitions, "--heldout", "",
                "--run-dir", folder, "--steps", args.steps, "--max-staleness", eta,
                "--sandbox-delay", args.delay, "--sandbox-slots", args.slots, "--reuse-mb", 0,
                "--timeout", 30,  # slots share cores: no script fails for its neighbours' work
@@ -83,21 +84,27 @@ def main() -> None:
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--model", default="data/policy", help="the policy")
-    add("--steps", type=int, default=48, help="learner steps of each run")
+    add("--light", action="store_true", help="the six competitions with the quickest scripts")
+    add("--steps", type=int, default=76, help="learner steps of each run")
     add("--delay", type=float, default=3.0, help="mean sleep before a script, seconds")
     add("--slots", type=int, default=288, help="scripts that sleep or run at the same time")
     add("--drafts", type=int, default=96, help="drafts per competition, for the final quality")
+    add("--out", type=Path, help="directory where both runs stay; without, they are deleted")
     words = sys.argv[1:]
     cut = words.index("--") if "--" in words else len(words)
     args = parser.parse_args(words[:cut])
     args.flags = words[cut + 1:]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the folder goes as well
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        competitions = Path(folder) / "competitions"
-        competitions.mkdir()
-        for name in LIGHT:
-            (competitions / name).symlink_to(ROOT / "data/competitions/train" / name)
-        results = {eta: run(eta, Path(folder) / f"eta-{eta}", args) for eta in (0, 2)}
+        args.competitions = ROOT / "data/competitions/train"
+        if args.light:
+            light = Path(folder) / "competitions"
+            light.mkdir()
+            for name in LIGHT:
+                (light / name).symlink_to(args.competitions / name)
+            args.competitions = light
+        out = args.out or Path(folder)
+        results = {eta: run(eta, out / f"eta-{eta}", args) for eta in (0, 2)}
     print("\nmeans over the steps, seconds; quality of the frozen policy's drafts after training")
     print(f"{'eta':>4}" + "".join(f"{name:>11}" for name in results[0]))
     for eta, values in results.items():
