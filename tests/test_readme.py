@@ -79,7 +79,7 @@ def test_flags_that_are_named_exist():
     others = {"resume", "dry-run", "help", "nproc_per_node", "nnodes", "node-rank",
               "master-addr", "master-port", "max-restarts",  # of torchrun
               "deps"}  # --no-deps, of pip
-    files = (*ROOT.glob("*.py"), *(ROOT / "examples").glob("*.py"))
+    files = (*ROOT.glob("*.py"), *ROOT.glob("examples/*.py"), *ROOT.glob("tests/bench_*.py"))
     sources = "".join(p.read_text() for p in files)
     for flag in set(re.findall(r"(?<![\w-])--([a-z][a-z_-]+)", TEXT)):
         assert flag.removeprefix("no-") in known | others or f'"--{flag}"' in sources, f"--{flag}"
