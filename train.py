@@ -1147,6 +1147,14 @@ class Run:
         return getattr(self.learner, method)(*arguments)
 
     def begin(self, stage: str) -> None:
+        """The main thread passes here several times a step.
+
+        Raises:
+            KeyboardInterrupt: a signal's own was lost: what is raised within a finalizer or a
+                library's callback, Python prints and ignores.
+        """
+        if INTERRUPTED.is_set():
+            raise KeyboardInterrupt
         self.stage = (stage, time.monotonic())
 
     def watchdog(self) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import queue
+import signal
 import socket
 import subprocess
 import sys
@@ -611,6 +612,26 @@ def test_ctrl_c_while_a_checkpoint_is_read_blames_no_checkpoint(tmp_path):
                 raise OSError("CheckpointException ranks:dict_keys([0]) KeyboardInterrupt")
     finally:
         train.INTERRUPTED.clear()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_ctrl_c_within_a_finalizer_ends_the_run_at_its_next_stage():
+    class Finalized:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    run = object.__new__(train.Run)
+    run.begin("waits for a batch")
+    train.interrupt_on_signals()
+    try:
+        Finalized()  # the KeyboardInterrupt is printed and ignored
+        with pytest.raises(KeyboardInterrupt):
+            run.begin("waits for a batch")
+    finally:
+        train.INTERRUPTED.clear()
+        for number, handler in kept.items():
+            signal.signal(number, handler)
 
 
 def play_role(monkeypatch, learner, **place):
