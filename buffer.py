@@ -155,7 +155,7 @@ class Task:
 
     @property
     def parents(self) -> list[Trace]:
-        """None for a draft, two for a crossover (the better one first), else one."""
+        """[] for a draft, two for a crossover (the better one first), else one."""
         return [trace for trace in (self.parent, self.second) if trace is not None]
 
     @property
@@ -435,9 +435,8 @@ class EvolvingBuffer:
         for trace in group.traces:
             if self._opens_task(group.task, trace):
                 name = child_id(trace)
-                known = name in self.tasks or name == group.task.id  # that may be evicted by now
-                merged += known or name in candidates
-                if not known:
+                merged += self._known(name, group) or name in candidates
+                if not self._known(name, group):
                     candidates.setdefault(name, trace)
         crossing = self._crossing(group)
         parents = select_parents(candidates.values(), self.children_per_group - len(crossing))
@@ -479,6 +478,10 @@ class EvolvingBuffer:
             return trace.base_reward < 1.0 - self.min_headroom
         return trace.status != "refused"  # the sandbox's failure, not the script's
 
+    def _known(self, task_id: str, group: Group) -> bool:
+        """The buffer holds it, or it is the group's own task, which may be evicted by now."""
+        return task_id in self.tasks or task_id == group.task.id
+
     def _crossing(self, group: Group) -> list[tuple[int, str]]:
         """At most one pair: position of the group's best valid trace, task that holds the best
         script to cross it with."""
@@ -488,7 +491,7 @@ class EvolvingBuffer:
         trace = max(traces, key=lambda t: t.base_reward)
         partners = [task for task in map(self.tasks.get, self._improve[trace.competition_id])
                     if task.parent.code_key != trace.code_key
-                    and crossing_id(trace, task.parent) not in self.tasks]
+                    and not self._known(crossing_id(trace, task.parent), group)]
         if not partners:
             return []
         partner = max(partners, key=lambda task: task.parent.base_reward)
@@ -718,7 +721,8 @@ def main() -> None:
     root = buffer.tasks["iris/draft"]
     print("Two competitions, capacity 5:", *buffer.tasks)
 
-    print("\nA draft group: two scripts alike (a, a), one with the same reward (b), two errors.")
+    print("\nA draft group: two scripts alike (a, a), one of nearly the same reward (b),\n"
+          "two KeyErrors (c, d), a timeout (e).")
     admitted, _ = buffer.add(Group(root, [
         trace(root, "a", 0.55), trace(root, "a", 0.55), trace(root, "b", 0.553),
         trace(root, "c", 0.0, "error", "KeyError: 'species'"),

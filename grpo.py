@@ -9,7 +9,10 @@ our choices where they differ.
 
     ratio      rho_t = exp(log pi(y_t) - log pi_old(y_t))            pi_old: the policy that sampled
     token loss l_t   = -min(rho_t * A, clip(rho_t, 1 - low, 1 + high) * A)
-    loss             = sum over tokens of w_t * l_t / denominator
+    loss             = sum over tokens of w_t * l_t / denominator    w_t: 1, but see point 3
+
+(`grpo` and `gspo` take the mean within each sequence first; `gspo` has one ratio a sequence, and
+`cispo` another l_t: see `policy_loss`.)
 
 Shapes use the same letters everywhere: B groups, G traces a group, N = B * G sequences,
 T response tokens (padded to the longest of the call), V vocabulary, H hidden.
@@ -212,9 +215,9 @@ def policy_loss(
     behavior_logprobs: Tensor,
     advantages: Tensor,
     mask: Tensor,
-    kind: str = "grpo",
+    kind: str = "dr_grpo",
     clip_low: float = 0.2,
-    clip_high: float = 0.2,
+    clip_high: float = 0.28,
     tis_cap: float | None = None,
     proximal_logprobs: Tensor | None = None,
     denominator: float | None = None,
@@ -260,8 +263,8 @@ def policy_loss(
     >>> old = torch.tensor([[-1.0, -1.0]])
     >>> new = torch.tensor([[-0.5, -1.0]])                 # ratios 1.65 and 1
     >>> loss, metrics = policy_loss(new, old, torch.tensor([1.0]), torch.ones(1, 2))
-    >>> round(loss.item(), 4), metrics["clip_frac_high"].item()     # -(1.2 + 1) / 2
-    (-1.1, 0.5)
+    >>> round(loss.item(), 4), metrics["clip_frac_high"].item()     # -(1.28 + 1) / 2
+    (-1.14, 0.5)
     """
     if kind not in LOSSES:
         raise ValueError(f"unknown loss {kind!r}: choose one of {', '.join(LOSSES)}")
@@ -490,8 +493,8 @@ def main() -> None:
     print("   best_of: what a trace adds to the best of three; taken as rewards, 0.1 is worth "
           "nothing here.")
 
-    print("\n2. The clip at 0.2: a token whose probability is `ratio` times what it was sampled "
-          "with.")
+    print("\n2. The clip, 0.2 below and 0.28 above: a token whose probability is `ratio` times what "
+          "it was sampled with.")
     print("   ratio    A = +1: loss  gradient    A = -1: loss  gradient")
     for ratio in (0.5, 1.0, 1.5):
         cells = []

@@ -96,7 +96,7 @@ def learnability_potential(mean, std, kind: str = "lp") -> np.ndarray:
 OPTIMISTIC_MEAN = 0.25
 OPTIMISTIC_STD = (3 / 16) ** 0.5
 FIRST_LEVEL = (OPTIMISTIC_MEAN, OPTIMISTIC_STD, 1)  # of a competition: it counts as one group
-DRAFTS = 0.25  # share of the steps that are drafts: an agent of 12 steps takes 3
+DRAFTS = 0.25  # share of the steps that are drafts: more than the 3 of 20 that an agent takes
 FAILURE_RATE = 0.05  # weight of a new group in the share of scripts that fail
 LEVEL_RATE = 0.1  # least weight of a new group in its competition's level
 
@@ -130,11 +130,13 @@ class AdaptiveSampler:
         prior_strength: number of rewards that the prior of an unseen task weighs.
         balance_operators: False sums LP over all tasks alike (header, point 4).
         seed: of the draws.
+        operators: the names that `add` accepts; all but `draft` and `debug` share alike the steps
+            that these two leave.
 
     `in_flight` holds the ids drawn and neither updated nor released, in the order of drawing.
     """
 
-    def __init__(self, kind: str = "lp", tau: float = 1.0, epsilon: float = 0.1,
+    def __init__(self, kind: str = "lp", tau: float = 1.0, epsilon: float = 0.2,
                  decay: float = 0.5, cooldown: int = 8, prior_strength: float = 4.0,
                  balance_operators: bool = True, seed: int = 0,
                  operators: Sequence[str] = OPERATORS):

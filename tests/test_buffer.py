@@ -221,6 +221,14 @@ def test_a_pair_is_crossed_once_then_the_next_best_partner_is_taken():
     assert names == ["iris/crossover/b+f6", "iris/crossover/b+f4"]
 
 
+def test_a_late_group_of_an_evicted_crossover_does_not_bring_it_back():
+    buffer, root = crossing_buffer()
+    task = buffer.add(Group(root, [trace(root, "b", 0.5)]))[0][-1]
+    buffer.remove(task.id)
+    admitted, _ = buffer.add(Group(task, [trace(task, "b", 0.5)]))
+    assert task.id == "iris/crossover/b+f6" and task.id not in [t.id for t in admitted]
+
+
 def test_no_crossover_without_the_option_without_two_parents_or_beyond_the_depth():
     buffer, root = crossing_buffer()
     off, first = EvolvingBuffer(["iris"]), EvolvingBuffer(["iris"], crossover=True)

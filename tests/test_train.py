@@ -596,7 +596,8 @@ def test_what_a_resumed_run_must_keep(tmp_path, monkeypatch):
         '{"groups": 4, "responses": 6, "max_staleness": 2, "stale": "drop", "timeout": 7}')
     resume = ["--resume", "run"]
     for flags in (["--groups", "3"], ["--responses", "5"], ["--stale", "wait"],
-                  ["--max-staleness", "1"], ["--run-dir", "other"], ["--no-buffer"]):
+                  ["--max-staleness", "1"], ["--run-dir", "other"], ["--no-buffer"],
+                  ["--preset", "small"]):
         with pytest.raises(UserError, match=" ".join(flags)):
             parse_config(resume + flags)
     config, _ = parse_config(resume + ["--groups", "4", "--max-staleness", "3", "--steps", "9",
