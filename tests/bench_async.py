@@ -89,11 +89,13 @@ def main() -> None:
     add("--delay", type=float, default=3.0, help="mean sleep before a script, seconds")
     add("--slots", type=int, default=288, help="scripts that sleep or run at the same time")
     add("--drafts", type=int, default=96, help="drafts per competition, for the final quality")
-    add("--out", type=Path, help="directory where both runs stay; without, they are deleted")
+    add("--out", type=Path, help="new directory where both runs stay; without, they are deleted")
     words = sys.argv[1:]
     cut = words.index("--") if "--" in words else len(words)
     args = parser.parse_args(words[:cut])
     args.flags = words[cut + 1:]
+    if args.out and args.out.exists():
+        parser.error(f"--out {args.out}: exists; name a new directory")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the folder goes as well
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         args.competitions = ROOT / "data/competitions/train"
