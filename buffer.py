@@ -119,9 +119,18 @@ class Trace:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Trace:
-        """Inverse of `to_json`, and of `public` (the token arrays are then empty)."""
+        """Inverse of `to_json`, and of `public` (the token arrays are then empty).
+
+        Raises TypeError for what is no trace: a field that is missing, unknown or of another type.
+        """
         arrays = {name: np.array(data[name], none.dtype) for name, none in NO_TOKENS.items()
                   if name in data}
+        for f in fields(cls):
+            value, types = data.get(f.name), f.type.split(" | ")  # such as "float | None"
+            known = type(value).__name__ in types or type(value) is int and "float" in types
+            if f.name in data and f.name not in NO_TOKENS and not (
+                    known or value is None and "None" in types):
+                raise TypeError(f"{f.name}: {value!r} is no {f.type}")
         return cls(**(data | arrays))
 
     def without_tokens(self) -> Trace:

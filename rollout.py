@@ -953,7 +953,7 @@ class AgentRun:
         mark, digest = folder / "data.sha256", data_digest(competition)
         if not mark.exists():
             write_whole(mark, digest + "\n")
-        elif mark.read_text().strip() != digest:
+        elif mark.read_bytes().strip() != digest.encode():
             raise CompetitionError(f"{mark}: {competition.id} has other data now: remove {folder} "
                                    "to run it again, or give another --out")
         log = folder / "steps.jsonl"
@@ -964,7 +964,7 @@ class AgentRun:
         for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
-                run.designs.append(row.pop("design"))
+                run.designs.append(str(row.pop("design")))
                 run.hours += row.pop("hours")
                 trace = Trace.from_json(row)
                 if trace.id != f"{competition.id}/{seed}/{number - 1}":  # one is lost or doubled
@@ -1323,18 +1323,40 @@ def gpus_of_slots(listed: str, slots: int, first: int = 0) -> list[str] | None:
     return [ids[(first + slot) % len(ids)] for slot in range(slots)] if ids else None
 
 
-def check_model(directory: str) -> None:
-    """Refuse a directory that lacks what vLLM and the prompts need.
+def check_model(directory: str, max_model_len: int) -> None:
+    """Refuse, before anything is started, a directory that vLLM and the prompts cannot use.
 
     Raises:
-        ValueError: one line that says what.
+        ValueError: one line that says why.
     """
+    from safetensors import safe_open
+    from transformers import AutoConfig, AutoTokenizer
+
     for names, remedy in (
             (("config.json",), "give a Hugging Face model directory, such as the policy/ of a run"),
             (("tokenizer.json", "tokenizer_config.json"), "save one into it with tokenizer."
-             "save_pretrained, or give the policy/ of a run")):  # a run directory has the first
-        if not any((Path(directory) / name).is_file() for name in names):
+             "save_pretrained, or give the policy/ of a run"),  # a run directory has the first
+            (("*.safetensors", "*.bin"), "save the weights into it with model.save_pretrained")):
+        if not any(file.is_file() for name in names for file in Path(directory).glob(name)):
             raise ValueError(f"--model {directory}: no {names[0]} there; {remedy}")
+    try:
+        part = "config.json"
+        model = AutoConfig.from_pretrained(directory)
+        part = "tokenizer, or its chat template,"
+        encode_chat(AutoTokenizer.from_pretrained(directory), [{"role": "user", "content": "?"}])
+        part = "weights"
+        for file in Path(directory).glob("*.safetensors"):
+            with safe_open(file, "np"):  # its header, which knows how long the file has to be
+                pass
+    except Exception as error:  # of libraries, which raise what they like
+        why = " ".join(str(error).split())[:200]
+        raise ValueError(f"--model {directory}: its {part} cannot be used ({why}); save it again, "
+                         "or give another model directory") from None
+    limit = getattr(model, "max_position_embeddings", None)
+    scaled = (getattr(model, "rope_parameters", None) or {}).get("rope_type") != "default"
+    if limit and limit < max_model_len and not scaled:
+        raise ValueError(f"--max-model-len {max_model_len}: --model {directory} is made for "
+                         f"{limit} tokens at most")
 
 
 def trained_on(model: str | Path) -> list[str]:
@@ -1606,7 +1628,7 @@ def prepare(args: argparse.Namespace) -> tuple[list[Competition], Path]:
         ValueError, OSError: one line that names the flag or the file.
     """
     model, out = Path(args.model), Path(args.out)
-    check_model(args.model)
+    check_model(args.model, args.max_model_len)
     competitions = load_competitions(args.competitions, args.data_dir)
     if not args.allow_overlap:
         check_overlap(model, competitions)
@@ -1619,17 +1641,11 @@ def make_prompter(args: argparse.Namespace, competitions: list[Competition]) -> 
     """What makes the prompts, once every competition's draft has been seen to fit.
 
     Raises:
-        CompetitionError: one does not, or the tokenizer is of no use.
+        CompetitionError: one does not.
     """
     from transformers import AutoTokenizer
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
-        encode_chat(tokenizer, [{"role": "user", "content": "?"}])
-    except Exception as error:  # of the tokenizer's libraries, which raise what they like
-        raise CompetitionError(f"--model {args.model}: its tokenizer makes no prompt ({error}); it "
-                               "needs a tokenizer.json that loads, and a chat template") from None
-    prompter = Prompter(tokenizer, competitions, PromptBudget(
+    prompter = Prompter(AutoTokenizer.from_pretrained(args.model), competitions, PromptBudget(
         args.description_chars, args.preview_chars, args.output_chars, args.memory_chars))
     for competition in competitions:
         step_prompt(Task("", competition.id, "draft"), "", prompter,
@@ -1643,6 +1659,9 @@ def run_evaluation(args: argparse.Namespace, competitions: list[Competition], fo
     config = RolloutConfig(args.max_response_tokens, args.temperature, timeout=args.timeout)
     gpus = gpus_of_slots(args.sandbox_gpus, args.slots)
     prompter = make_prompter(args, competitions)
+    for competition in competitions:
+        for seed in range(args.seeds):  # a damaged record is refused now, not in a minute
+            AgentRun.load(competition, seed, folder / f"{competition.id}-{seed}")
     recorded = sum(log.read_bytes().count(b"\n") for log in folder.glob("*/steps.jsonl"))
     with Sandbox(
             slots=args.slots, timeout=args.timeout, cpu_seconds=args.cpu_seconds or None,

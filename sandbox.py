@@ -1651,8 +1651,8 @@ class Sandbox:
         positive = {"slots": slots, "timeout": timeout, "cpu_seconds": cpu_seconds or 1,
                     "memory_mb": memory_mb, "threads": threads, "attempts": attempts}
         for name, value in positive.items():
-            if not value > 0:
-                raise ValueError(f"{name} must be positive, not {value}")
+            if not 0 < value <= 1e9:
+                raise ValueError(f"{name} must be above 0, and 1e9 at most, not {value}")
         if gpus and len(gpus) != slots:
             raise ValueError(f"gpus must have one entry for each of the {slots} slots")
         self.slots, self.timeout, self.cpu_seconds = slots, timeout, cpu_seconds

@@ -403,14 +403,14 @@ def restarted_by_torchrun(config: Config) -> bool:
         return False
 
 
-def check_policy(model: str) -> None:
+def check_policy(model: str, max_model_len: int) -> None:
     """Refuse a --model that is neither a model directory nor, by its form, a name of the hub."""
     path = Path(model)
     if model == Config.model and not path.is_dir():
         raise UserError(f"--model {model}: no such directory; run `make data`")
     if path.is_dir() or model.count("/") != 1 or path.parent.exists():
         try:
-            check_model(model)
+            check_model(model, max_model_len)
         except ValueError as error:
             raise UserError(error) from None
 
@@ -665,9 +665,10 @@ class Curriculum:
         with self.changed:
             self.buffer.load_state_dict(state["buffer"])
             self.sampler.load_state_dict(state["sampler"])
-            self.version, self.epoch = state["version"], state["epoch"]
-            self.handed, self.issued = state["handed"], state["issued"]
-            self.dropped, self.skipped = state["dropped"], state["skipped"]
+            for name in ("version", "epoch", "handed", "issued", "dropped", "skipped"):
+                if type(state[name]) is not int or state[name] < 0:
+                    raise ValueError(f"{name}: {state[name]!r} is no count")
+                setattr(self, name, state[name])
             self.in_flight = dict(state["in_flight"])
             if lost := self.in_flight.keys() - self.buffer.tasks.keys():
                 raise ValueError(f"the buffer lacks {min(lost)}, which is in flight")
@@ -1197,6 +1198,7 @@ class Run:
                   dynamic_ncols=True) as bar:
             self.learn(bar)
         self.evaluate("after")
+        self.begin("ends")
         ranks = range(self.rollout_ranks[0], self.rollout_ranks[-1] + config.tensor_parallel)
         for orders in self.followers + [self.queues(f"weights/{rank}") for rank in ranks]:
             orders.put(None)
@@ -1386,6 +1388,8 @@ class Run:
                     raise UserError(
                         f"--resume {self.dir}: its checkpoint is of other training competitions; "
                         "give the --competitions and the limits of prompts that the run began with")
+                if folder.name != f"step_{state['step']}":
+                    raise ValueError(f"curriculum.json is of step {state['step']}")
                 self.everyone("load", folder / "learner")
                 self.step = state["step"]
                 self.curriculum.load_state_dict(state)
@@ -1616,16 +1620,17 @@ def lead(config: Config, place: Place, learner, resume: bool) -> None:
     child = multiprocessing.get_context("spawn").Process(
         target=child_main, args=(config, place.address, place.key))
     child.start()
-    run = Run(config, learner, place.queues, [1], scratch, resume)
-
-    def watch():
-        """Under torchrun the agent ends all ranks when one dies; alone we have to look."""
-        child.join()
-        if child.exitcode:
-            run.fail(WorkerDied(f"the rollout process has ended with exit code {child.exitcode}"))
-
-    threading.Thread(target=watch, daemon=True).start()
     try:
+        run = Run(config, learner, place.queues, [1], scratch, resume)
+
+        def watch():
+            """Under torchrun the agent ends all ranks when one dies; alone we have to look."""
+            child.join()
+            if child.exitcode:
+                run.fail(WorkerDied("the rollout process has ended with exit code "
+                                    f"{child.exitcode}"))
+
+        threading.Thread(target=watch, daemon=True).start()
         run.run()
         child.join()
     finally:
@@ -1792,7 +1797,7 @@ def main(argv: list[str] | None = None) -> int:
         config, arguments = parse_config(argv)
         planned = arguments.dry_run or "WORLD_SIZE" in os.environ
         validate(config, *(planned_world(config.preset) if planned else (1, 1)))
-        check_policy(config.model)
+        check_policy(config.model, config.max_model_len)
         if arguments.dry_run:
             if rank == 0:
                 print_plan(config)

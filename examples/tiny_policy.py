@@ -590,6 +590,11 @@ def main(argv=None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--unsafe", action="store_true", help="run without sandbox isolation")
     args = parser.parse_args(argv)
+    for name in ("prompts", "answers", "worlds", "hidden", "layers", "vocabulary", "batch_tokens"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1")
+    if args.hidden % 64:
+        parser.error(f"--hidden {args.hidden}: a multiple of 64")
     started = time.monotonic()
     import torch
 
@@ -599,6 +604,10 @@ def main(argv=None) -> int:
     new = out.with_name(f"{out.name}.new")  # renamed at the end: `out` is never half taught
     if out.exists() and not is_replaceable(out):
         parser.error(f"--out {out} is there and is no model directory: give another one")
+    try:  # not at the end, when all the work is done
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {out}: {error.strerror}; give another directory")
     with tempfile.TemporaryDirectory() as folder, Sandbox(slots=2, unsafe=args.unsafe) as sandbox:
         if sandbox.problem:
             print(f"tiny_policy.py: scripts cannot be isolated here: {sandbox.problem}; --unsafe "

@@ -104,6 +104,7 @@ class World:
                  for text in ("--" + name.replace("_", "-"), str(value))]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(train, "train", play)
+            patch.setattr(train, "check_model", lambda *_: None)
             return train.main(flags)
 
     def rows(self, name: str) -> list[dict]:
@@ -401,6 +402,12 @@ def append(name):
      ["step_6", "'x'", "delete it"]),
     (lambda d: rewrite(d / "curriculum.json", lambda c: c["in_flight"].update(lost=6)),
      ["step_6", "lost", "delete it"]),
+    (lambda d: rewrite(d / "curriculum.json", lambda c: c | {"handed": "9"}),
+     ["step_6", "handed: '9' is no count", "delete it"]),
+    (lambda d: rewrite(d / "curriculum.json", lambda c: c | {"version": -1}),
+     ["step_6", "version: -1", "delete it"]),
+    (lambda d: rewrite(d / "curriculum.json", lambda c: c | {"step": 5}),
+     ["step_6", "step 5", "delete it"]),
     (lambda d: rewrite(d / "DONE", lambda _: [1]), ["step_6", "delete it"]),
     (lambda d: os.truncate(d.parent.parent / "groups.jsonl", 500), ["groups.jsonl", "start a new"]),
     (append("groups.jsonl"), ["groups.jsonl", "start a new"]),

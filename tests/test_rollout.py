@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -835,32 +836,50 @@ def test_mistakes_in_the_file_name_the_file(text, message, tmp_path, capsys):
     assert f"{tmp_path / 'c.yaml'}: " in error and message in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("tokenizer", [None, "no template"])
-def test_a_tokenizer_of_no_use_is_refused_before_anything_starts(tokenizer, tmp_path, competition,
-                                                                 monkeypatch, capsys):
-    def template(*_, **__):
-        raise ValueError("Cannot use chat template functions")
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("small") / "policy"
+    tokenizer = tiny_policy.make_tokenizer(["some text"], 300)
+    tiny_policy.make_model(tokenizer, hidden=64, layers=1, seed=0).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
-    def load(_):
-        if tokenizer is None:
-            raise RuntimeError("data did not match any variant")  # what the Rust library raises
-        return SimpleNamespace(apply_chat_template=template)
 
+@pytest.mark.parametrize("name, text, message", [
+    ("config.json", None, "no config.json there"),
+    ("config.json", "{", "its config.json cannot be used"),
+    ("config.json", '{"model_type": "nonesuch"}', "its config.json cannot be used"),
+    ("tokenizer.json", "{", "its tokenizer, or its chat template, cannot be used"),
+    ("chat_template.jinja", None, "its tokenizer, or its chat template, cannot be used"),
+    ("model.safetensors", None, "no *.safetensors there"),
+    ("model.safetensors", "cut", "its weights cannot be used"),
+    ("", "", "--max-model-len 4096: "),
+])
+def test_a_model_of_no_use_is_refused_before_anything_starts(
+        name, text, message, small_model, tmp_path, competition, monkeypatch, capsys):
+    model = tmp_path / "policy"
+    shutil.copytree(small_model, model)
+    if name:
+        (model / name).unlink()
+        if text is not None:
+            (model / name).write_text(text)
+    arguments = ["--model", str(model), "--competitions", "mine",
+                 "--max-model-len", "1024" if name else "4096"]
     monkeypatch.setattr(rollout, "load_competitions", lambda *_: [competition])
-    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", load)
     monkeypatch.setattr(rollout, "Sandbox", lambda **_: pytest.fail("started"))
-    (tmp_path / "config.json").touch()
-    (tmp_path / "tokenizer.json").touch()
-    assert rollout.main(["--model", str(tmp_path), "--competitions", "mine", "--out",
-                         str(tmp_path / "report.json")]) == 2
-    error = capsys.readouterr().err
-    assert f"--model {tmp_path}: its tokenizer" in error and error.count("\n") == 1
+    there = set(tmp_path.iterdir())
+    assert rollout.main([*arguments, "--out", str(tmp_path / "report.json")]) == 2
+    assert train.main([*arguments, "--preset", "tiny", "--run-dir", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and all(message in line and f"--model {model}" in line for line in said)
+    assert set(tmp_path.iterdir()) == there  # neither run nor report
 
 
-def test_broken_records_are_one_line_and_status_2(tmp_path, monkeypatch, capsys):
+def test_broken_records_are_one_line_and_status_2(small_model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(rollout, "load_competitions", lambda *_: [])
-    (tmp_path / "policy").mkdir()
-    (tmp_path / "policy/config.json").touch()  # as in a run directory, given for its policy/
+    shutil.copytree(small_model, tmp_path / "policy")
+    (tmp_path / "policy/tokenizer.json").unlink()  # as in a run directory, given for its policy/
+    (tmp_path / "policy/tokenizer_config.json").unlink()
 
     def said(out="report.json"):
         arguments = ["--model", str(tmp_path / "policy"), "--competitions", "lite", "--out",
@@ -871,7 +890,7 @@ def test_broken_records_are_one_line_and_status_2(tmp_path, monkeypatch, capsys)
         return error
 
     assert "policy: no tokenizer.json there" in said()
-    (tmp_path / "policy/tokenizer.json").touch()
+    shutil.copytree(small_model, tmp_path / "policy", dirs_exist_ok=True)
     (tmp_path / "file").touch()
     assert "--out" in said("file/report.json")
     assert "--out" in said("x" * 300)
@@ -912,8 +931,7 @@ def test_no_error_leaves_main(where, error, status, message, tmp_path, monkeypat
             "evaluate": lambda *_: [], "Engine": lambda *_, **__: SimpleNamespace(
                 close=lambda: None), where: fail}.items():
         monkeypatch.setattr(rollout, name, fake)
-    (tmp_path / "config.json").touch()
-    (tmp_path / "tokenizer.json").touch()
+    monkeypatch.setattr(rollout, "check_model", lambda *_: None)
     arguments = ["--model", str(tmp_path), "--competitions", "lite", "--out",
                  str(tmp_path / "report.json")]
     assert rollout.main(arguments) == status
@@ -946,8 +964,7 @@ def test_an_evaluation_that_goes_on_has_an_engine_seed_of_its_own(tmp_path, monk
                        "start_guard": lambda _: None, "make_prompter": lambda *_: None,
                        "Engine": engine, "evaluate": cut}.items():
         monkeypatch.setattr(rollout, name, fake)
-    (tmp_path / "config.json").touch()
-    (tmp_path / "tokenizer.json").touch()
+    monkeypatch.setattr(rollout, "check_model", lambda *_: None)
     for _ in range(3):
         assert rollout.main(["--model", str(tmp_path), "--competitions", "lite", "--out",
                              str(tmp_path / "report.json")]) == 1
@@ -962,9 +979,27 @@ def test_a_line_that_is_no_step_names_the_file(line, competition, tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_a_damaged_record_is_refused_before_anything_starts(competition, tmp_path, monkeypatch,
+                                                            capsys):
+    for name, fake in {"check_model": lambda *_: None, "make_prompter": lambda *_: None,
+                       "load_competitions": lambda *_: [competition],
+                       "Sandbox": lambda **_: pytest.fail("started")}.items():
+        monkeypatch.setattr(rollout, name, fake)
+    (tmp_path / "report-runs/toy-1").mkdir(parents=True)
+    (tmp_path / "report-runs/toy-1/steps.jsonl").write_text("x\n")
+    assert rollout.main(["--model", str(tmp_path), "--competitions", "lite", "--seeds", "2",
+                         "--out", str(tmp_path / "report.json")]) == 2
+    assert "toy-1/steps.jsonl, line 1 is no step" in capsys.readouterr().err
+
+
 def test_a_record_is_of_the_data_that_it_was_made_with(competition, tmp_path):
     AgentRun.load(competition, 0, tmp_path)
     AgentRun.load(competition, 0, tmp_path)
+    for digest in (b"other", b"\xff\xfe"):
+        (tmp_path / "other").mkdir(exist_ok=True)
+        (tmp_path / "other/data.sha256").write_bytes(digest)
+        with pytest.raises(CompetitionError, match="toy has other data now: remove"):
+            AgentRun.load(competition, 0, tmp_path / "other")
     for other in ({"description": "other"}, {"leaderboard": competition.leaderboard + 1},
                   {"answers": tmp_path / "train.csv"}):
         with pytest.raises(CompetitionError, match="toy has other data now: remove"):
@@ -974,7 +1009,8 @@ def test_a_record_is_of_the_data_that_it_was_made_with(competition, tmp_path):
 @pytest.mark.parametrize("change, words", [
     (lambda rows: rows[1:], "it is toy/0/1"), (lambda rows: rows[:1] + rows, "it is toy/0/0"),
     (lambda rows: [rows[0] | {"hours": math.nan}], "nan is no number"),
-    (lambda rows: [rows[0] | {"score": "0.7"}], "TypeError"),
+    (lambda rows: [rows[0] | {"score": "0.7"}], "score: '0.7' is no float"),
+    (lambda rows: [rows[0] | {"output": None}], "output: None is no str"),
     (lambda rows: rows, "step_1.csv is gone")])
 def test_a_record_that_is_not_whole_is_refused(change, words, competition, tmp_path):
     run = AgentRun.load(competition, 0, tmp_path)
@@ -1005,8 +1041,7 @@ def test_each_slot_has_a_gpu_of_its_own_and_no_isolation_is_status_3(tmp_path, m
     monkeypatch.setattr(rollout, "Sandbox", Stopped)
     monkeypatch.setattr(rollout, "make_prompter", lambda *_: None)
     monkeypatch.setattr(rollout, "load_competitions", lambda *_: [])
-    (tmp_path / "config.json").touch()
-    (tmp_path / "tokenizer.json").touch()
+    monkeypatch.setattr(rollout, "check_model", lambda *_: None)
     arguments = ["--model", str(tmp_path), "--competitions", "lite", "--slots", "3",
                  "--sandbox-gpus", "4,5", "--out", str(tmp_path / "report.json")]
     assert rollout.main(arguments) == 3

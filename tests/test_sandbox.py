@@ -1488,7 +1488,7 @@ def test_command_grade(competition, tmp_path):
         (["run", "--competition", "{toy}", "nowhere.py"], "nowhere.py"),
         (["run", "--competition", "nowhere", __file__], "nowhere: no such competition"),
         (["run", "--competition", "{toy}", __file__, "--timeout", "soon"], "invalid float"),
-        (["run", "--competition", "{toy}", __file__, "--timeout", "-1"], "must be positive"),
+        (["run", "--competition", "{toy}", __file__, "--timeout", "-1"], "must be above 0"),
         (["grade", "--competition", "{toy}", "nowhere.csv"], "nowhere.csv"),
         (["grade", "--competition", "{toy}", "{toy}"], "toy"),
         (["fly"], "invalid choice"),

@@ -167,6 +167,16 @@ def test_a_machine_without_isolation_is_told_before_anything_is_made(tmp_path, m
     assert "cannot be isolated here: no Landlock; --unsafe" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flags, words", [
+    (["--answers=0"], "--answers 0: at least 1"), (["--batch-tokens=-1"], "--batch-tokens -1"),
+    (["--hidden=100"], "a multiple of 64"), (["--out=/dev/null/x"], "--out /dev/null/x: ")])
+def test_bad_flags_are_refused_before_anything_is_made(flags, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tiny, "Sandbox", lambda **_: 1 / 0)
+    with pytest.raises(SystemExit) as ended:
+        tiny.main([f"--out={tmp_path / 'policy'}", *flags])
+    assert ended.value.code == 2 and words in capsys.readouterr().err
+
+
 def test_out_is_replaced_last_and_only_by_a_model_that_was_taught(tmp_path, monkeypatch, capsys):
     """`make data` takes a config.json that is there for a policy that was taught."""
     out = tmp_path / "policy"

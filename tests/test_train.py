@@ -473,6 +473,8 @@ def test_bad_input_is_one_line_and_status_2(arguments, words, capsys, tmp_path, 
     monkeypatch.chdir(tmp_path)
     write_world(tmp_path)
     files = sorted(tmp_path.rglob("*"))
+    if "--model" not in arguments:
+        monkeypatch.setattr(train, "check_model", lambda *_: None)
     world = ["--model", "model", "--competitions", "competitions", "--heldout", ""]
     assert train.main(["--preset", "tiny", *world, *arguments]) == 2
     error = capsys.readouterr().err.strip()
@@ -489,6 +491,7 @@ def test_an_error_before_the_ranks_part_is_told_once_and_a_rank_s_own_by_itself(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "train", fail)
+    monkeypatch.setattr(train, "check_model", lambda *_: None)
     monkeypatch.setenv("RANK", "1")
     write_world(tmp_path)
     world = ["--preset", "tiny", "--model", "model", "--competitions", "competitions"]
@@ -669,16 +672,38 @@ def test_a_model_that_only_its_forward_pass_refuses_is_one_line(monkeypatch):
         train.train(make_config(learner_ranks=1), resume=False)
 
 
-def test_a_model_without_tokenizer_is_refused(tmp_path, monkeypatch):
+def test_a_refused_resume_takes_the_rollout_process_along(tmp_path, monkeypatch):
+    """Left alone, it would find no queues and say so with a traceback."""
+    said = []
+
+    class Process:
+        def __init__(self, **_):
+            pass
+
+        def __getattr__(self, name):
+            return lambda: said.append(name) or True
+
+    def refuse(*_):
+        raise UserError("--resume: damaged")
+
+    monkeypatch.setattr(train.multiprocessing, "get_context", lambda _: SimpleNamespace(
+        Process=Process))
+    monkeypatch.setattr(train, "start_guard", lambda _: None)
+    monkeypatch.setattr(train, "scratch_folder", lambda *_: tmp_path)
+    monkeypatch.setattr(train, "Run", refuse)
+    place = SimpleNamespace(world=1, address=None, key=b"", queues=SimpleNamespace(queues={}))
+    with pytest.raises(UserError, match="damaged"):
+        train.lead(make_config(), place, SimpleNamespace(published_bytes=0), resume=True)
+    assert said == ["start", "is_alive", "terminate", "join"]
+
+
+def test_a_model_that_is_not_there_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="no tokenizer"):
-        train.check_policy(str(tmp_path))
-    train.check_policy("owner/name")  # a name of the hub
+    train.check_policy("owner/name", 1024)  # a name of the hub
     with pytest.raises(UserError, match="no config.json"):
-        train.check_policy(f"{tmp_path}/nowhere")
+        train.check_policy(f"{tmp_path}/nowhere", 1024)
     with pytest.raises(UserError, match="make data"):
-        train.check_policy(train.Config.model)
+        train.check_policy(train.Config.model, 1024)
 
 
 # -- the self-check of a publication
@@ -886,12 +911,13 @@ def test_a_dry_run_plans_for_the_world_of_its_preset(preset, parts, capsys, monk
         assert len(error.splitlines()) == 1
 
 
-def test_a_dry_run_refuses_a_model_that_the_learner_does_not_compute(tmp_path, capsys):
+def test_a_dry_run_refuses_a_model_that_the_learner_does_not_compute(tmp_path, capsys,
+                                                                     monkeypatch):
     from transformers import AutoConfig
 
+    monkeypatch.setattr(train, "check_model", lambda *_: None)
     AutoConfig.for_model("gemma2", num_hidden_layers=2, hidden_size=8, vocab_size=9,
                          attn_logit_softcapping=50.0).save_pretrained(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{}")
     assert train.main(["--model", str(tmp_path), "--dry-run", "--run-dir", "unused"]) == 2
     error = capsys.readouterr().err.strip()
     assert "gemma2 sets attn_logit_softcapping" in error and len(error.splitlines()) == 1
