@@ -493,8 +493,8 @@ def main() -> None:
     print("   best_of: what a trace adds to the best of three; taken as rewards, 0.1 is worth "
           "nothing here.")
 
-    print("\n2. The clip, 0.2 below and 0.28 above: a token whose probability is `ratio` times what "
-          "it was sampled with.")
+    print("\n2. The clip, 0.2 below and 0.28 above: a token whose probability is `ratio` times "
+          "what it was sampled with.")
     print("   ratio    A = +1: loss  gradient    A = -1: loss  gradient")
     for ratio in (0.5, 1.0, 1.5):
         cells = []

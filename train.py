@@ -290,8 +290,9 @@ def refuse_to_change(base: dict, given: dict) -> None:
         raise UserError(f"--run-dir {new['run_dir']}: --resume goes on in {run_dir}; give one of "
                         "the two")
     if new["preset"] != base["preset"]:  # it is the start of a config, not a part of it
-        raise UserError(f"--preset {new['preset']}: --resume {run_dir} goes on with its own settings, "
-                        f"which began as {base['preset']}; give the flags that are to change")
+        raise UserError(f"--preset {new['preset']}: --resume {run_dir} goes on with its own "
+                        f"settings, which began as {base['preset']}; give the flags that are to "
+                        "change")
     if new["buffer"] != base["buffer"]:
         raise UserError(f"--{'' if new['buffer'] else 'no-'}buffer: --resume {run_dir} began "
                         f"with{'' if base['buffer'] else 'out'} the buffer and goes on so")
