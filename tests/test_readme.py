@@ -85,6 +85,15 @@ def test_flags_that_are_named_exist():
         assert flag.removeprefix("no-") in known | others or f'"--{flag}"' in sources, f"--{flag}"
 
 
+def test_commands_over_several_lines_can_be_pasted():
+    """A backslash ends its line, and no line that begins with a flag stands without one before."""
+    lines = TEXT.splitlines()
+    for before, line in zip(lines, lines[1:]):
+        if line.startswith("    "):
+            assert "\\ " not in line, line
+            assert not line.lstrip().startswith("--") or before.endswith("\\"), line
+
+
 def metrics_in_the_table() -> set[str]:
     """The first column of "Every metric"; `reward_<op>` stands for one metric an operator."""
     section = TEXT.split("## Every metric")[1].split("\n## ")[0]
